@@ -1,0 +1,681 @@
+#!/usr/bin/env python3
+"""What the files are: scan a folder of NPZ features, read each one strictly, and say what stops training.
+
+    python check_data.py DIR
+
+Exit status: 0 all good, 1 problems found, 2 wrong use or nothing to work on. Needs numpy alone; never imports jax.
+"""
+
+import argparse
+import collections
+import dataclasses
+import hashlib
+import math
+import os
+import stat
+import struct
+import sys
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+import emotions
+import stats
+from stats import DataError
+
+#: Where the features are looked for in a file, in this order; else its first array that is no label.
+KEYS = ("emb", "embedding", "features", "wav2vec")
+_LABEL_WORDS = ("label", "emotion", "target", "class", "speaker")
+
+MAX_ARRAY_BYTES = 1 << 28  # an hour of 50 frames a second of 373 float32 numbers; utterances last seconds
+_MAX_MEMBERS = 1000
+
+_LOCAL = struct.Struct("<4s5H3L2H")
+_CENTRAL = struct.Struct("<4s6H3L5H2L")
+_END = struct.Struct("<4s4H2LH")
+_STORED, _DEFLATED = 0, 8
+
+# --- reading one file ---------------------------------------------------------------------------------------------
+
+
+class Member(NamedTuple):
+    """One array of an NPZ file: its data are `blob[start:stop]`, `size` bytes once inflated."""
+
+    name: str
+    method: int
+    crc: int
+    start: int
+    stop: int
+    size: int
+
+
+class Features(NamedTuple):
+    """What was read from a file: a float32 array of shape (D,), (T, D) or (T * D,), and where it came from."""
+
+    array: np.ndarray
+    key: str
+    dtype: str
+    members: tuple[str, ...]
+
+
+def _read_bytes(path: str | Path) -> bytes:
+    try:
+        # O_NONBLOCK: opening a FIFO that nobody writes would wait for ever.
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    except OSError as error:
+        raise DataError("unreadable", f"cannot be opened: {error.strerror}") from None
+    try:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise DataError("not-a-file", "is not a regular file")
+        if status.st_size > 2 * MAX_ARRAY_BYTES:
+            raise DataError("too-large", f"has {status.st_size} bytes; the features of an utterance have fewer than {2 * MAX_ARRAY_BYTES}")
+        chunks = []
+        while chunk := os.read(descriptor, status.st_size + 1):
+            chunks.append(chunk)
+        return chunks[0] if len(chunks) == 1 else b"".join(chunks)
+    except OSError as error:
+        raise DataError("unreadable", f"cannot be read: {error.strerror}") from None
+    finally:
+        os.close(descriptor)
+
+
+def _not_a_zip(blob: bytes) -> DataError:
+    """Name what a file is that should have been a zip archive."""
+    start = blob[:512].lstrip().lower()
+    if not blob:
+        return DataError("empty", "has no bytes")
+    if not any(blob[:4096]):
+        return DataError("empty", "holds zero bytes only, as after a crash of the machine that wrote it")
+    if blob.startswith(b"PK\x03\x04"):
+        return DataError("truncated", f"ends after {len(blob)} bytes, before the zip directory")
+    if start.startswith(b"version https://git-lfs"):
+        return DataError("git-lfs", "is a git-lfs pointer: run git lfs pull")
+    if start.startswith((b"<!doctype", b"<html", b"<?xml")):
+        return DataError("not-npz", "is an HTML page, as a failed download leaves it")
+    if blob.startswith(b"\x93NUMPY"):
+        return DataError("not-npz", "is a bare .npy array named .npz")
+    if blob[:1] == b"\x80" and blob[1:2] in b"\x02\x03\x04\x05":
+        return DataError("pickle", "is a Python pickle, which can run code and is never loaded")
+    if blob.startswith(b"RIFF"):
+        return DataError("not-npz", "is a wav recording: extract its features first")
+    return DataError("not-npz", "is no zip archive")
+
+
+def _zip_fault(what: str) -> DataError:
+    return DataError("bad-zip", f"the zip archive is damaged: {what}")
+
+
+def _zip64_sizes(extra: bytes, size: int, packed: int) -> tuple[int, int]:
+    """Take the sizes from the zip64 extra field where the header's own are all ones (np.savez always writes them so)."""
+    wanted = (size == 0xFFFFFFFF) + (packed == 0xFFFFFFFF)
+    position = 0
+    while wanted and position + 4 <= len(extra):
+        kind, length = struct.unpack_from("<HH", extra, position)
+        if kind == 1 and length >= 8 * wanted and position + 4 + 8 * wanted <= len(extra):
+            values = list(struct.unpack_from(f"<{wanted}Q", extra, position + 4))
+            size = values.pop(0) if size == 0xFFFFFFFF else size
+            packed = values.pop(0) if packed == 0xFFFFFFFF else packed
+            return size, packed
+        position += 4 + length
+    if wanted:
+        raise _zip_fault("a zip64 size is missing")
+    return size, packed
+
+
+def _members(blob: bytes) -> list[Member]:
+    """Walk the zip directory; every byte of the file must belong to a member, the directory or its end."""
+    end = len(blob) - _END.size
+    if blob[end : end + 4] != b"PK\x05\x06" or end < 0:
+        end = blob.rfind(b"PK\x05\x06")
+        if end < 0 or len(blob) - end < _END.size:
+            raise _not_a_zip(blob)
+    _, disk, first_disk, here, count, size, start, comment = _END.unpack_from(blob, end)
+    if end + _END.size + comment != len(blob):
+        if blob[:4] == b"PK\x03\x04" and end + _END.size + comment > len(blob):
+            raise DataError("truncated", f"ends after {len(blob)} bytes, within the zip directory")
+        raise DataError("junk", f"{len(blob) - end - _END.size - comment} bytes follow the end of the zip archive")
+    if disk or first_disk or here != count or start + size != end:
+        junk = end - start - size
+        raise DataError("junk", f"{junk} bytes precede the zip archive") if junk > 0 and not disk else _zip_fault("its directory")
+    if count > _MAX_MEMBERS:
+        raise _zip_fault(f"it claims {count} members")
+    members, position = [], start
+    for _ in range(count):
+        member, position = _member(blob, position, end, members[-1].stop if members else 0)
+        members.append(member)
+    if position != end or (members[-1].stop if members else 0) != start:
+        raise _zip_fault("its directory has gaps")
+    return members
+
+
+def _member(blob: bytes, position: int, end: int, begin: int) -> tuple[Member, int]:
+    """Read one directory entry and the local header that it must agree with; return it and where the next one is."""
+    if position + _CENTRAL.size > end:
+        raise _zip_fault("its directory is cut off")
+    (magic, _, version, flags, method, time, date, crc, packed, size, name_length, extra_length, comment_length, disk, _, _, offset) = (
+        _CENTRAL.unpack_from(blob, position)
+    )
+    name_end = position + _CENTRAL.size + name_length
+    following = name_end + extra_length + comment_length
+    if magic != b"PK\x01\x02" or following > end or disk or offset != begin or begin + _LOCAL.size > end:
+        raise _zip_fault("a directory entry")
+    name = blob[position + _CENTRAL.size : name_end]
+    size, packed = _zip64_sizes(blob[name_end : name_end + extra_length], size, packed)
+    local = _LOCAL.unpack_from(blob, begin)
+    data = begin + _LOCAL.size + local[9] + local[10]
+    stop = data + packed
+    if flags & 1:
+        raise DataError("encrypted", "is encrypted")
+    if method not in (_STORED, _DEFLATED):
+        raise DataError("unknown-compression", f"is compressed by method {method}; only stored and deflated arrays are read")
+    described = bool(flags & 8)  # written to a pipe: sizes and CRC follow the data
+    local_size, local_packed = _zip64_sizes(blob[begin + _LOCAL.size + local[9] : data], local[8], local[7])
+    agrees = local[:6] == (b"PK\x03\x04", version, flags, method, time, date) and (
+        described or (local[6], local_packed, local_size) == (crc, packed, size)
+    )
+    if not agrees or flags & ~0x808 or blob[begin + _LOCAL.size : begin + _LOCAL.size + local[9]] != name:
+        raise _zip_fault("a header and the directory disagree")
+    if stop > end or (method == _STORED and size != packed):
+        raise _zip_fault(f"a member claims {packed} bytes")
+    if described:
+        stop += 4 * (blob[stop : stop + 4] == b"PK\x07\x08") + (20 if 0xFFFFFFFF in local[7:9] else 12)
+    return Member(name.decode("utf-8", "backslashreplace"), method, crc, data, stop, size), following
+
+
+def _unpacked(blob: bytes, member: Member) -> bytes | memoryview:
+    """A member's bytes, inflated under a cap and checked against the CRC."""
+    if member.size > MAX_ARRAY_BYTES:
+        raise DataError("too-large", f"its array claims {member.size} bytes; the limit is {MAX_ARRAY_BYTES}")
+    data = memoryview(blob)[member.start : member.stop]
+    if member.method == _DEFLATED:
+        data = _inflated(data, member)
+    else:
+        data = data[: member.size]
+    if zlib.crc32(data) != member.crc:
+        raise DataError("bad-crc", "the array's bytes do not match their checksum")
+    return data
+
+
+def _inflated(data: memoryview, member: Member) -> bytes:
+    inflater = zlib.decompressobj(-15)
+    try:
+        head = inflater.decompress(data, 1 << 14)
+        header, offset = stats.npy_header(head)
+        declared = offset + math.prod(header.shape) * header.dtype.itemsize
+        if declared != member.size:
+            raise DataError("size-mismatch", f"shape {header.shape} needs {declared} bytes and there are {member.size}")
+        if member.size > 100 * len(data) + (1 << 20):
+            raise DataError("bomb", f"{len(data)} bytes would inflate to {member.size}: no features shrink so much")
+        rest = inflater.decompress(inflater.unconsumed_tail, max(1, member.size - len(head) + 1))
+    except zlib.error:
+        raise DataError("bad-crc", "the compressed bytes are damaged") from None
+    if not inflater.eof or len(head) + len(rest) != member.size:
+        raise DataError("size-mismatch", f"{member.size} bytes are declared and {len(head) + len(rest)} were inflated")
+    return head + rest
+
+
+def _is_candidate(blob: bytes, member: Member) -> bool:
+    """Whether a member can be features: floats of one dimension or more under a name that is no label's."""
+    if any(word in member.name.lower() for word in _LABEL_WORDS):
+        return False
+    data = memoryview(blob)[member.start : member.stop]
+    try:
+        head = data if member.method == _STORED else zlib.decompressobj(-15).decompress(data, 1 << 14)
+        header, _ = stats.npy_header(head)
+    except (DataError, zlib.error):
+        return True  # damaged: reading it will say how
+    return header.dtype.kind == "f" and len(header.shape) > 0
+
+
+def _choose(blob: bytes, members: list[Member]) -> Member:
+    by_key = {member.name.removesuffix(".npy"): member for member in members}
+    for key in KEYS:
+        if key in by_key:
+            return by_key[key]
+    if not members:
+        raise DataError("no-array", "holds no array")
+    return next((member for member in members if _is_candidate(blob, member)), members[0])
+
+
+def read_features(path: str | Path) -> Features:
+    """Read the features of one NPZ file, once and strictly; nothing in its headers is trusted, nothing is unpickled.
+
+    Returns
+    -------
+    Features
+        Array in float32 and C order, of shape (D,), (T, D) or (T * D,); a leading axis of extent 1 of a
+        three-dimensional array is dropped.
+
+    Raises
+    ------
+    DataError
+        Whatever is wrong with the file; no other exception.
+    """
+    blob = _read_bytes(path)
+    members = _members(blob)
+    member = _choose(blob, members)
+    stored = stats.npy_array(_unpacked(blob, member))
+    if not stored.shape or not stored.size:
+        raise DataError("empty-array", f"its array has shape {stored.shape}: no numbers to train on")
+    shape = stored.shape
+    if stored.ndim == 3 and shape[0] == 1:
+        stored = stored[0]
+    if stored.ndim > 2:
+        raise DataError("bad-shape", f"its array has shape {shape}; (D,), (T, D) or (1, T, D) is needed")
+    with np.errstate(over="ignore"):
+        array = np.ascontiguousarray(stored, np.float32)
+    # Looked for after the conversion: 1e300 is finite as float64 only. A sum of finite float32 in float64 is finite.
+    if not math.isfinite(array.sum(dtype=np.float64)):
+        bad = ~np.isfinite(array)
+        first = tuple(int(place[0]) for place in np.nonzero(bad))
+        raise DataError("not-finite", f"{bad.sum()} of {array.size} values are NaN or Inf, the first at {first}")
+    if array.size > 1 and array.min() == array.max():
+        raise DataError("constant", f"all {array.size} values are {array.flat[0]:g}: the extraction failed")
+    names = tuple(member.name.removesuffix(".npy") for member in members)
+    return Features(array, member.name.removesuffix(".npy"), str(stored.dtype.newbyteorder("=")), names)
+
+
+def read_arrays(path: str | Path) -> dict[str, np.ndarray]:
+    """Read every array of an NPZ file as strictly as `read_features` does.
+
+    Raises
+    ------
+    DataError
+        Whatever is wrong with the file.
+    """
+    blob = _read_bytes(path)
+    return {member.name.removesuffix(".npy"): stats.npy_array(_unpacked(blob, member)) for member in _members(blob)}
+
+
+# --- scanning a folder --------------------------------------------------------------------------------------------
+
+#: What to do about each code; the reason says what was found.
+REMEDIES = {
+    "unreadable": "check its owner and its rights",
+    "not-a-file": "remove it",
+    "too-large": "split the recording into utterances",
+    "empty": "extract its features again",
+    "truncated": "copy it again, or extract its features again",
+    "git-lfs": "fetch the real file",
+    "not-npz": "write its features with np.savez(file, emb=array)",
+    "pickle": "save plain float arrays with np.savez",
+    "bad-zip": "copy it again, or extract its features again",
+    "junk": "copy it again, or extract its features again",
+    "encrypted": "save it without a password",
+    "unknown-compression": "save it with np.savez",
+    "bad-crc": "copy it again, or extract its features again",
+    "size-mismatch": "copy it again, or extract its features again",
+    "bomb": "do not trust where it came from",
+    "bad-npy-header": "copy it again, or extract its features again",
+    "no-array": "write its features with np.savez(file, emb=array)",
+    "not-float": "save the features as float32",
+    "empty-array": "the recording may be too short; extract its features again",
+    "bad-shape": "save one array of shape (D,) or (T, D)",
+    "not-finite": "extract its features again",
+    "constant": "extract its features again",
+    "unknown-name": "rename it after its corpus, or put it into a folder named after its emotion",
+    "label-conflict": "find out which is right, then rename the file or move it",
+    "no-speaker": "name the file after its corpus, so that its speaker is known",
+    "other-width": "extract all features with one encoder, or choose with --dim",
+}
+
+
+class Finding(NamedTuple):
+    """Why one file is left out."""
+
+    file: str
+    code: str
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Record:
+    """A file that training can use. `shape` is the shape in the file, `dim` the width of its features."""
+
+    utterance: emotions.Utterance
+    labelled_by: str  # "name" or "folder"
+    shape: tuple[int, ...]
+    key: str
+    dtype: str
+
+
+@dataclasses.dataclass
+class Scan:
+    """All that is known of a folder; `records` are what training uses, sorted by file name, `findings` the rest.
+
+    `features` is empty, or holds the arrays of `records` in the same order, shape (T, D) each.
+    """
+
+    directory: Path
+    dim: int | None = None
+    records: list[Record] = dataclasses.field(default_factory=list)
+    findings: list[Finding] = dataclasses.field(default_factory=list)
+    features: list[np.ndarray] = dataclasses.field(default_factory=list)
+    hidden: int = 0
+    other_files: collections.Counter = dataclasses.field(default_factory=collections.Counter)
+    other_members: collections.Counter = dataclasses.field(default_factory=collections.Counter)
+    stored: stats.Stored | None = None
+
+    @property
+    def files(self) -> int:
+        return len(self.records) + len(self.findings)
+
+    @property
+    def reshaped(self) -> int:
+        """How many flat vectors of T * D values were cut into T frames."""
+        return sum(len(record.shape) == 1 and record.shape[0] != self.dim for record in self.records)
+
+    def count(self, field: str) -> dict[str, int]:
+        """Utterances for each value of one field of the name, most common emotion vocabulary first."""
+        counts = collections.Counter(getattr(record.utterance, field) for record in self.records)
+        known = {word: place for place, word in enumerate(emotions.EMOTIONS)}
+        return {key: counts[key] for key in sorted(counts, key=lambda key: (known.get(key, len(known)), key or ""))}
+
+    def fingerprint(self) -> str:
+        """Hash of the names and shapes that training uses: another set of files has another one."""
+        listing = "\n".join(f"{record.utterance.file!r} {record.shape}" for record in self.records)
+        return hashlib.sha256(listing.encode()).hexdigest()[:16]
+
+
+class UsageError(Exception):
+    """The user asked for something that cannot be done; the text says why and what to do. Exit status 2."""
+
+
+def printable(name: str) -> str:
+    """Escape what could forge or garble a line of output: control characters and bytes that are not UTF-8."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in name)
+
+
+def _walk(folder: Path, scan: Scan) -> Iterator[str]:
+    """Yield the NPZ files below a folder as paths relative to it; count what is passed over."""
+    pending, seen = [""], set()
+    while pending:
+        relative = pending.pop()
+        place = os.path.join(folder, relative)
+        try:
+            status = os.stat(place)
+            entries = list(os.scandir(place))
+        except OSError as error:
+            scan.findings.append(Finding(relative, "unreadable", f"the folder cannot be read: {error.strerror}"))
+            continue
+        if (status.st_dev, status.st_ino) in seen:
+            continue  # a link that leads back
+        seen.add((status.st_dev, status.st_ino))
+        if relative and {"model.npz", "config.json", "metrics.json"} <= {entry.name for entry in entries}:
+            scan.hidden += len(entries)  # the results of a run that was saved in here
+            continue
+        for entry in entries:
+            path = os.path.join(relative, entry.name)
+            if entry.name.startswith((".", "~")) or entry.name == "__MACOSX":
+                scan.hidden += 1
+            elif entry.name.lower().endswith(".npz"):
+                if entry.is_dir():
+                    scan.findings.append(Finding(path, "not-a-file", "is a folder"))
+                else:
+                    yield path
+            elif entry.is_dir():
+                pending.append(path)
+            elif entry.name not in (stats.MEAN_FILE, stats.STD_FILE, stats.BINDING_FILE):
+                scan.other_files[os.path.splitext(entry.name)[1].lower() or entry.name] += 1
+
+
+def _labelled(file: str) -> tuple[emotions.Utterance, str]:
+    """What name and folders say of a file, and which of them gave the emotion.
+
+    Raises
+    ------
+    DataError
+        `unknown-name` or `label-conflict`.
+    """
+    by_folder = next(
+        (word for folder in reversed(Path(file).parts[:-1]) if (word := emotions.folder_emotion(folder))), None
+    )
+    try:
+        utterance = emotions.parse_name(file)
+    except ValueError as error:
+        if by_folder is None:
+            raise DataError("unknown-name", str(error)) from None
+        return emotions.Utterance(file, "folder", by_folder, speaker=None), "folder"
+    if by_folder not in (None, utterance.emotion):
+        raise DataError("label-conflict", f"its name says {utterance.emotion} and its folder says {by_folder}")
+    return utterance, "name"
+
+
+def _common_width(shapes: collections.Counter) -> int | None:
+    """The width D that most files fit: vectors (D,), sequences (T, D), and flat (T * D,) where a sequence shows D."""
+    sequence_widths = {shape[-1] for shape in shapes if len(shape) == 2}
+    support = collections.Counter()
+    for width in {shape[-1] for shape in shapes}:
+        for shape, files in shapes.items():
+            fits = shape[-1] == width or (len(shape) == 1 and width in sequence_widths and shape[0] % width == 0)
+            support[width] += files * fits
+    (width, files), *others = support.most_common(2) or [(None, 0)]
+    if others and others[0][1] == files:
+        tied = " and ".join(str(width) for width, count in support.most_common() if count == files)
+        raise UsageError(f"as many files have features of width {tied}; choose one with --dim")
+    return width
+
+
+def scan(
+    directory: str | Path,
+    *,
+    dim: int | None = None,
+    labels: bool = True,
+    keep_features: bool = False,
+    progress: Callable[[int], None] = lambda files: None,
+) -> Scan:
+    """Read every NPZ file below a folder and decide which ones training can use.
+
+    This one function decides it for `check_data.py` and for `train.py`.
+
+    Parameters
+    ----------
+    dim
+        Width of the features, where neither the statistics files nor the set tell it.
+    labels
+        False where files without a known emotion are wanted too, to be labelled by a model.
+    keep_features
+        Whether to keep the arrays; without it no more than one file is in memory at a time.
+    progress
+        Called with the number of files read so far.
+
+    Raises
+    ------
+    UsageError
+        If there is no such folder, no NPZ file in it, or no telling which width is meant.
+    stats.DataError
+        `bad-statistics`, if the statistics files in the folder cannot be used.
+    """
+    result = Scan(folder(directory))
+    result.stored = stats.load(result.directory)
+    candidates: list[tuple[Record, np.ndarray | None]] = []
+    for number, file in enumerate(sorted(_walk(result.directory, result)), 1):
+        try:
+            if labels:
+                utterance, labelled_by = _labelled(file)
+            else:
+                utterance, labelled_by = emotions.Utterance(file, "", None, None), "nothing"
+            array, key, dtype, members = read_features(result.directory / file)
+        except DataError as error:
+            result.findings.append(Finding(file, error.code, error.reason))
+        else:
+            record = Record(utterance, labelled_by, array.shape, key, dtype)
+            candidates.append((record, array if keep_features else None))
+            result.other_members.update(name for name in members if name != key)
+        progress(number)
+    if not candidates and not result.findings:
+        raise UsageError(_nothing_found(result))
+    known = result.stored.statistics.mean.size if result.stored else None
+    result.dim = dim or known or _common_width(collections.Counter(record.shape for record, _ in candidates))
+    _select_width(result, candidates, known)
+    result.findings.sort()
+    return result
+
+
+def _select_width(result: Scan, candidates: list[tuple[Record, np.ndarray | None]], known: int | None) -> None:
+    """Move the candidates into the records, as frames of width D, or into the findings if they have another width."""
+    for record, array in candidates:
+        width = record.shape[-1]
+        if width == result.dim or (len(record.shape) == 1 and width % result.dim == 0):
+            result.records.append(record)
+            if array is not None:
+                result.features.append(array.reshape(-1, result.dim))
+        else:
+            result.findings.append(
+                Finding(record.utterance.file, "other-width", f"shape {record.shape} does not fit features of width {result.dim}")
+            )
+    if known and candidates and not result.records:
+        shape = candidates[0][0].shape
+        raise DataError("bad-statistics", f"{stats.MEAN_FILE} has {known} numbers and the files have shape {shape}")
+
+
+def folder(directory: str | Path) -> Path:
+    """The folder as a path.
+
+    Raises
+    ------
+    UsageError
+        If there is none; the usual other places are named where they hold features.
+    """
+    path = Path(directory)
+    name = printable(str(directory))
+    if not path.exists():
+        raise UsageError(f"{name}: no such folder{_suggestion(path.parent)}")
+    if not path.is_dir():
+        raise UsageError(f"{name}: is a file; give the folder that holds the NPZ files")
+    return path
+
+
+def _suggestion(folder: Path) -> str:
+    """Look at the usual other places for features and name those that hold any."""
+    usual = ("models/wav2vec", "wav2vec_features", "wav2vec", "features", "embeddings")
+    places = [base / place for base in (folder, folder.parent) for place in usual]
+    found = [place for place in dict.fromkeys(places) if place.is_dir() and any(place.glob("*.npz"))]
+    return f"; there are NPZ files in {', '.join(printable(str(place)) for place in found)}" if found else ""
+
+
+def _nothing_found(result: Scan) -> str:
+    found = ", ".join(f"{count} {printable(suffix)}" for suffix, count in result.other_files.most_common(5))
+    advice = ""
+    if any(suffix in result.other_files for suffix in (".wav", ".flac", ".mp3", ".mp4")):
+        advice = ": extract embeddings first"
+    what = f"only {found} files{advice}" if found else "the folder is empty"
+    return f"{printable(str(result.directory))}: no NPZ file; {what}{_suggestion(result.directory)}"
+
+
+def obstacles(result: Scan) -> list[str]:
+    """What stops training on this folder, each in one sentence that tells what to do; empty if nothing does."""
+    if not result.records:
+        return ["no file can be used; mend the first of the findings above and the rest often follows"]
+    classes = result.count("emotion")
+    if len(classes) < 2:
+        return [f"all files have one emotion ({next(iter(classes))}); add files of another"]
+    if len(result.records) < 10:
+        return [f"{len(result.records)} usable files are too few to train and to test on; add more"]
+    return []
+
+
+# --- reporting ----------------------------------------------------------------------------------------------------
+
+
+def _listing(counts: dict[str, int], limit: int = 12) -> str:
+    shown = [f"{printable(str(key))} {count}" for key, count in list(counts.items())[:limit]]
+    return ", ".join(shown) + (f", and {len(counts) - limit} more" if len(counts) > limit else "")
+
+
+def _span(values: Iterable[int]) -> str:
+    lowest, highest = min(values), max(values)
+    return str(lowest) if lowest == highest else f"{lowest} to {highest}"
+
+
+def _label_sources(result: Scan) -> str:
+    sources = collections.Counter(record.labelled_by for record in result.records)
+    nested = any("/" in record.utterance.file or os.sep in record.utterance.file for record in result.records)
+    layout = "in subfolders" if nested else "flat in the folder"
+    words = {"name": "read from the file names", "folder": "read from emotion-named folders"}
+    return f"{' and '.join(f'{words[source]} ({count})' for source, count in sources.items())}; files lie {layout}"
+
+
+def _statistics_line(result: Scan) -> str:
+    if result.stored is None:
+        return "none here; train.py will compute them and save them here"
+    if result.stored.supplied:
+        return f"{stats.MEAN_FILE} and {stats.STD_FILE} are yours and apply everywhere"
+    if result.stored.fingerprint != result.fingerprint():
+        return f"{stats.MEAN_FILE} and {stats.STD_FILE} were computed for OTHER files; train.py --recompute-stats renews them"
+    return f"{stats.MEAN_FILE} and {stats.STD_FILE} were computed for these files"
+
+
+def _features_line(result: Scan) -> str:
+    forms = collections.Counter("vector" if record.shape == (result.dim,) else "sequence" for record in result.records)
+    lengths = [math.prod(record.shape) // result.dim for record in result.records]
+    form = " and ".join(f"{count} {form}{'s' * (count != 1)}" for form, count in forms.most_common())
+    frames = f" of {_span(lengths)} frames" if "sequence" in forms else ""
+    return f"{form}{frames}, {result.dim} numbers wide"
+
+
+def findings_report(result: Scan, limit: int | None = 20) -> Iterator[str]:
+    """One line for each file that is left out, at most `limit` lines for one code."""
+    seen = collections.Counter()
+    for finding in result.findings:
+        seen[finding.code] += 1
+        if limit is None or seen[finding.code] <= limit:
+            yield f"{printable(finding.file)}: {finding.code} {printable(finding.reason)}; {REMEDIES[finding.code]}"
+    for code, count in seen.items():
+        if limit is not None and count > limit:
+            yield f"... and {count - limit} more {code} (--all)"
+
+
+def summary(result: Scan) -> Iterator[str]:
+    """What is in the folder, a line for each question."""
+    yield f"{printable(str(result.directory))}: {result.files} NPZ files, {len(result.records)} usable, {len(result.findings)} left out"
+    if result.hidden:
+        yield f"  passed over  {result.hidden} hidden or temporary files and results of runs"
+    if not result.records:
+        return
+    speakers = result.count("speaker")
+    unknown = speakers.pop(None, 0)
+    sizes = f", {_span(speakers.values())} utterances each" if speakers else ""
+    nameless = f"; {unknown} files do not tell their speaker" if unknown else ""
+    yield f"  corpora      {_listing(result.count('corpus'))}"
+    yield f"  labels       {_label_sources(result)}"
+    yield f"  emotions     {_listing(result.count('emotion'))}"
+    yield f"  speakers     {len(speakers)}{sizes}{nameless}"
+    yield f"  features     {_features_line(result)}"
+    keys, dtypes = (collections.Counter(getattr(record, field) for record in result.records) for field in ("key", "dtype"))
+    others = f"; left alone: {_listing(dict(result.other_members.most_common()), 5)}" if result.other_members else ""
+    yield f"  array        {_listing(dict(keys.most_common()), 5)}; {_listing(dict(dtypes.most_common()))}{others}"
+    if result.reshaped:
+        yield f"  reshaped     {result.reshaped} flat vectors were cut into frames of {result.dim}"
+    yield f"  statistics   {_statistics_line(result)}"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Say what is in a folder of NPZ features and what stops training on it.")
+    parser.add_argument("directory", metavar="DIR", help="folder of NPZ files, flat or in emotion-named subfolders")
+    parser.add_argument("--dim", type=int, help="width of the features, where the set does not tell it")
+    parser.add_argument("--all", action="store_true", help="list every finding, not only 20 of a kind")
+    options = parser.parse_args(arguments)
+    try:
+        result = scan(options.directory, dim=options.dim)
+    except (UsageError, DataError) as error:
+        print(f"check_data.py: {error}", file=sys.stderr)
+        return 2
+    for line in findings_report(result, None if options.all else 20):
+        print(line)
+    for line in summary(result):
+        print(line)
+    blocked = obstacles(result)
+    for obstacle in blocked:
+        print(f"  NOT READY    {obstacle}")
+    if not blocked:
+        print(f"  ready        python train.py {printable(str(options.directory))}")
+    return 2 if not result.records else 1 if blocked or result.findings else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,322 @@
+"""What the numbers are: moments, the statistics files, and the scores of a confusion matrix.
+
+Needs numpy alone. Axes: G groups (speakers), D features, C classes, R resamples.
+"""
+
+import ast
+import functools
+import hashlib
+import io
+import json
+import math
+import os
+import struct
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+#: A standard deviation below this, relative to the dimension's mean and to the typical deviation, is none at all.
+EPSILON = 1e-6
+
+MEAN_FILE, STD_FILE, BINDING_FILE = "wav2vec_mean.npy", "wav2vec_std.npy", "wav2vec_stats.json"
+_MAX_HEADER = 10_000  # bytes of an npy header; numpy's own limit
+
+
+class DataError(ValueError):
+    """A file that cannot be used: `code` is stable and for programs, the text is for people.
+
+    Parameters
+    ----------
+    code
+        Short name of the fault, one of the codes that README lists.
+    reason
+        What was found.
+    """
+
+    def __init__(self, code: str, reason: str):
+        super().__init__(reason)
+        self.code, self.reason = code, reason
+
+
+# --- reading and writing ------------------------------------------------------------------------------------------
+
+
+class NpyHeader(NamedTuple):
+    dtype: np.dtype
+    fortran_order: bool
+    shape: tuple[int, ...]
+
+
+@functools.lru_cache(maxsize=256)  # all files of a set share one header, and parsing it is the slow part
+def _parse_npy_header(text: bytes) -> NpyHeader:
+    try:
+        fields = ast.literal_eval(text.decode("latin-1"))
+        descr, fortran_order, shape = fields["descr"], fields["fortran_order"], fields["shape"]
+        well_formed = len(fields) == 3 and isinstance(fortran_order, bool) and isinstance(shape, tuple)
+        if not well_formed or any(type(extent) is not int or extent < 0 for extent in shape):
+            raise ValueError
+        dtype = np.dtype(descr) if isinstance(descr, str) else np.dtype(object if "O" in repr(descr) else "V1")
+    except Exception:  # literal_eval and np.dtype raise a dozen kinds; each of them means the same
+        raise DataError("bad-npy-header", "the array's header is damaged") from None
+    return NpyHeader(dtype, fortran_order, shape)
+
+
+def npy_header(blob: bytes | memoryview) -> tuple[NpyHeader, int]:
+    """Read the header of an array in npy format.
+
+    Parameters
+    ----------
+    blob
+        The array's bytes, or at least their beginning.
+
+    Returns
+    -------
+    header, offset
+        The parsed header, and where in `blob` the numbers begin.
+
+    Raises
+    ------
+    DataError
+        `bad-npy-header`.
+    """
+    if bytes(blob[:6]) != b"\x93NUMPY" or len(blob) < 12:
+        raise DataError("bad-npy-header", "it does not begin like an array")
+    major, minor = blob[6], blob[7]
+    if (major, minor) not in ((1, 0), (2, 0), (3, 0)):
+        raise DataError("bad-npy-header", f"npy format {major}.{minor} is not known")
+    start, size = (10, struct.unpack_from("<H", blob, 8)[0]) if major == 1 else (12, struct.unpack_from("<I", blob, 8)[0])
+    if size > _MAX_HEADER or start + size > len(blob):
+        raise DataError("bad-npy-header", f"the array's header claims {size} bytes")
+    return _parse_npy_header(bytes(blob[start : start + size])), start + size
+
+
+def npy_array(blob: bytes | memoryview) -> np.ndarray:
+    """Turn the bytes of an npy file into an array that shares their memory; nothing is unpickled.
+
+    Raises
+    ------
+    DataError
+        `bad-npy-header`, `not-float` or `size-mismatch`. The numbers must fill the bytes exactly.
+    """
+    header, offset = npy_header(blob)
+    if header.dtype.kind != "f" or header.dtype.itemsize > 8:
+        kind = "pickled Python objects" if header.dtype.hasobject else f"{header.dtype} numbers"
+        raise DataError("not-float", f"the array holds {kind}, not float16, float32 or float64")
+    count = math.prod(header.shape)
+    if offset + count * header.dtype.itemsize != len(blob):
+        declared = count * header.dtype.itemsize
+        raise DataError("size-mismatch", f"shape {header.shape} needs {declared} bytes and there are {len(blob) - offset}")
+    flat = np.frombuffer(blob, header.dtype, count, offset)
+    return flat.reshape(header.shape, order="F" if header.fortran_order else "C")
+
+
+def write_atomic(path: Path, blob: bytes) -> None:
+    """Replace a file in one step: after a crash or on a full disk the old one is whole and nothing else is left.
+
+    Raises
+    ------
+    OSError
+        With its errno and the file's name.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(blob)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    if os.name == "posix":
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def npy_bytes(array: np.ndarray) -> bytes:
+    """The npy file of an array, as bytes: np.save straight into a file destroys the old one on a full disk."""
+    buffer = io.BytesIO()
+    np.save(buffer, array, allow_pickle=False)
+    return buffer.getvalue()
+
+
+# --- moments and statistics ---------------------------------------------------------------------------------------
+
+
+class Moments(NamedTuple):
+    """Count, mean and summed squared deviation of frames, in float64; `mean` and `m2` have shape (..., D)."""
+
+    count: np.ndarray
+    mean: np.ndarray
+    m2: np.ndarray
+
+    @classmethod
+    def of(cls, frames: np.ndarray) -> "Moments":
+        """Moments of `frames`, shape (T, D); every frame weighs the same."""
+        frames = np.asarray(frames, np.float64)
+        mean = frames.mean(0)
+        return cls(np.float64(len(frames)), mean, np.square(frames - mean).sum(0))
+
+    @classmethod
+    def stack(cls, parts: list["Moments"]) -> "Moments":
+        """Stack G moments along a new first axis."""
+        return cls(*map(np.stack, zip(*parts)))
+
+    def merged(self, keep: np.ndarray | slice = slice(None)) -> "Moments":
+        """Merge the stacked groups that `keep` (shape (G,), bool) selects into one.
+
+        Chan, Golub and LeVeque 1983, in its form for many groups: one pass over squares would lose every digit of
+        a variance that is small beside the mean.
+        """
+        count, mean, m2 = self.count[keep], self.mean[keep], self.m2[keep]
+        total = count.sum()
+        centre = (count[:, None] * mean).sum(0) / total
+        return Moments(total, centre, (m2 + count[:, None] * np.square(mean - centre)).sum(0))
+
+    def statistics(self) -> "Statistics":
+        return Statistics(self.mean.astype(np.float32), np.sqrt(self.m2 / self.count).astype(np.float32))
+
+
+class Statistics(NamedTuple):
+    """Mean and standard deviation of each feature, float32, shape (D,)."""
+
+    mean: np.ndarray
+    std: np.ndarray
+
+    def constant(self) -> np.ndarray:
+        """Which dimensions do not vary, shape (D,), bool."""
+        varying = self.std[self.std > 0]
+        typical = np.median(varying) if varying.size else 1
+        return self.std <= EPSILON * np.maximum(np.abs(self.mean), typical)
+
+    def scale(self) -> np.ndarray:
+        """What to divide by: the std, but 1 where it is nothing, since 1e-8 would turn a drift of 1e-3 into 1e5."""
+        return np.where(self.constant(), np.float32(1), self.std)
+
+
+class Stored(NamedTuple):
+    """Statistics found in a folder. `supplied` tells whether the user put them there, `fingerprint` for what data."""
+
+    statistics: Statistics
+    supplied: bool
+    fingerprint: str | None
+
+
+def _read_statistic(path: Path) -> np.ndarray:
+    try:
+        array = npy_array(path.read_bytes())
+    except DataError as error:
+        raise DataError("bad-statistics", f"{path.name}: {error.reason}") from None
+    if array.ndim != 1 or not array.size:
+        raise DataError("bad-statistics", f"{path.name} has shape {array.shape}; one number for each feature, shape (D,), is needed")
+    with np.errstate(over="ignore"):
+        array = array.astype(np.float32)
+    if not np.isfinite(array).all():
+        raise DataError("bad-statistics", f"{path.name} holds {(~np.isfinite(array)).sum()} values that are NaN or Inf")
+    return array
+
+
+def _sha256(blob: bytes) -> str:
+    return hashlib.sha256(blob).hexdigest()
+
+
+def load(folder: Path) -> Stored | None:
+    """Load `wav2vec_mean.npy` and `wav2vec_std.npy`; None if they are not there, or if our own saving was cut off.
+
+    The json beside them says that they were computed here and for which files; a pair without one, or one whose
+    two files both differ from it, was supplied by the user.
+
+    Raises
+    ------
+    DataError
+        `bad-statistics`: one of the pair is missing, or they hold anything but finite numbers of one width.
+    """
+    paths = [folder / MEAN_FILE, folder / STD_FILE]
+    there = [path for path in paths if path.is_file()]
+    try:
+        binding = json.loads((folder / BINDING_FILE).read_text())
+        intact = [path in there and _sha256(path.read_bytes()) == binding["sha256"][path.name] for path in paths]
+        fingerprint = str(binding["fingerprint"])
+    except FileNotFoundError:
+        intact, fingerprint = [], None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise DataError("bad-statistics", f"{BINDING_FILE} is damaged; delete it with the two files, or with it alone to keep them as yours") from None
+    if not there or (intact and len(there) < 2) or (intact and any(intact) != all(intact)):
+        return None
+    if len(there) == 1:
+        missing = (set(paths) - set(there)).pop().name
+        raise DataError("bad-statistics", f"{there[0].name} is there but {missing} is not; add it, or delete the other")
+    mean, std = map(_read_statistic, paths)
+    if mean.shape != std.shape:
+        raise DataError("bad-statistics", f"{MEAN_FILE} has {mean.size} numbers and {STD_FILE} has {std.size}")
+    if (std < 0).any():
+        raise DataError("bad-statistics", f"{STD_FILE} holds {(std < 0).sum()} negative values")
+    supplied = not any(intact)
+    return Stored(Statistics(mean, std), supplied, None if supplied else fingerprint)
+
+
+def save(folder: Path, statistics: Statistics, fingerprint: str) -> None:
+    """Save the pair and the json that binds it.
+
+    The json goes first and names the hashes of the files to come: if we are cut off, what is there does not fit it
+    and is computed again. Written last, a crash just before it would leave a pair that looks like the user's own.
+    """
+    blobs = {MEAN_FILE: npy_bytes(statistics.mean), STD_FILE: npy_bytes(statistics.std)}
+    (folder / STD_FILE).unlink(missing_ok=True)
+    binding = {"sha256": {name: _sha256(blob) for name, blob in blobs.items()}, "fingerprint": fingerprint}
+    write_atomic(folder / BINDING_FILE, json.dumps(binding, indent=2).encode())
+    for name, blob in blobs.items():
+        write_atomic(folder / name, blob)
+
+
+# --- scores -------------------------------------------------------------------------------------------------------
+
+
+def confusion_matrix(label: np.ndarray, predicted: np.ndarray, classes: int) -> np.ndarray:
+    """Count label (rows) against prediction (columns), shape (C, C)."""
+    return np.bincount(label * classes + predicted, minlength=classes * classes).reshape(classes, classes)
+
+
+def scores(confusion: np.ndarray) -> dict[str, np.ndarray]:
+    """Scores of confusion matrices.
+
+    Parameters
+    ----------
+    confusion
+        Shape (..., C, C), rows are labels.
+
+    Returns
+    -------
+    dict
+        `ua` (unweighted accuracy: the mean recall), `wa` (weighted accuracy: the share that is right) and `macro_f1`,
+        as fractions of shape (...). A class without a labelled utterance is left out of the means.
+    """
+    confusion = np.asarray(confusion, np.float64)
+    right = np.diagonal(confusion, axis1=-2, axis2=-1)
+    labelled, predicted = confusion.sum(-1), confusion.sum(-2)
+    present = labelled > 0
+    classes = present.sum(-1)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        recall = np.where(present, right / labelled, 0).sum(-1) / classes
+        f1 = np.where(present, 2 * right / (labelled + predicted), 0).sum(-1) / classes
+        return {"ua": recall, "wa": right.sum(-1) / labelled.sum(-1), "macro_f1": f1}
+
+
+def speaker_intervals(confusions: np.ndarray, seed: int, resamples: int = 2000) -> dict[str, tuple[float, float]]:
+    """95 % percentile intervals of the scores from a bootstrap over speakers.
+
+    Utterances of one speaker are alike, so resampling them one by one would promise too much.
+
+    Parameters
+    ----------
+    confusions
+        One confusion matrix for each speaker, shape (G, C, C).
+    """
+    groups = len(confusions)
+    drawn = np.random.default_rng(seed).multinomial(groups, np.full(groups, 1 / groups), resamples)  # (R, G)
+    resampled = np.tensordot(drawn, confusions, 1)  # (R, C, C)
+    return {name: tuple(np.nanpercentile(values, (2.5, 97.5)).tolist()) for name, values in scores(resampled).items()}
