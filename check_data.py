@@ -72,7 +72,10 @@ def _read_bytes(path: str | Path) -> bytes:
         if not stat.S_ISREG(status.st_mode):
             raise DataError("not-a-file", "is not a regular file")
         if status.st_size > 2 * MAX_ARRAY_BYTES:
-            raise DataError("too-large", f"has {status.st_size} bytes; the features of an utterance have fewer than {2 * MAX_ARRAY_BYTES}")
+            raise DataError(
+                "too-large",
+                f"has {status.st_size} bytes; the features of an utterance have fewer than {2 * MAX_ARRAY_BYTES}",
+            )
         chunks = []
         while chunk := os.read(descriptor, status.st_size + 1):
             chunks.append(chunk)
@@ -110,7 +113,7 @@ def _zip_fault(what: str) -> DataError:
 
 
 def _zip64_sizes(extra: bytes, size: int, packed: int) -> tuple[int, int]:
-    """Take the sizes from the zip64 extra field where the header's own are all ones (np.savez always writes them so)."""
+    """Take the sizes from the zip64 extra field where the header's own are all ones (np.savez writes them so)."""
     wanted = (size == 0xFFFFFFFF) + (packed == 0xFFFFFFFF)
     position = 0
     while wanted and position + 4 <= len(extra):
@@ -140,7 +143,11 @@ def _members(blob: bytes) -> list[Member]:
         raise DataError("junk", f"{len(blob) - end - _END.size - comment} bytes follow the end of the zip archive")
     if disk or first_disk or here != count or start + size != end:
         junk = end - start - size
-        raise DataError("junk", f"{junk} bytes precede the zip archive") if junk > 0 and not disk else _zip_fault("its directory")
+        raise (
+            DataError("junk", f"{junk} bytes precede the zip archive")
+            if junk > 0 and not disk
+            else _zip_fault("its directory")
+        )
     if count > _MAX_MEMBERS:
         raise _zip_fault(f"it claims {count} members")
     members, position = [], start
@@ -156,9 +163,25 @@ def _member(blob: bytes, position: int, end: int, begin: int) -> tuple[Member, i
     """Read one directory entry and the local header that it must agree with; return it and where the next one is."""
     if position + _CENTRAL.size > end:
         raise _zip_fault("its directory is cut off")
-    (magic, _, version, flags, method, time, date, crc, packed, size, name_length, extra_length, comment_length, disk, _, _, offset) = (
-        _CENTRAL.unpack_from(blob, position)
-    )
+    (
+        magic,
+        _,
+        version,
+        flags,
+        method,
+        time,
+        date,
+        crc,
+        packed,
+        size,
+        name_length,
+        extra_length,
+        comment_length,
+        disk,
+        _,
+        _,
+        offset,
+    ) = _CENTRAL.unpack_from(blob, position)
     name_end = position + _CENTRAL.size + name_length
     following = name_end + extra_length + comment_length
     if magic != b"PK\x01\x02" or following > end or disk or offset != begin or begin + _LOCAL.size > end:
@@ -171,7 +194,9 @@ def _member(blob: bytes, position: int, end: int, begin: int) -> tuple[Member, i
     if flags & 1:
         raise DataError("encrypted", "is encrypted")
     if method not in (_STORED, _DEFLATED):
-        raise DataError("unknown-compression", f"is compressed by method {method}; only stored and deflated arrays are read")
+        raise DataError(
+            "unknown-compression", f"is compressed by method {method}; only stored and deflated arrays are read"
+        )
     described = bool(flags & 8)  # written to a pipe: sizes and CRC follow the data
     local_size, local_packed = _zip64_sizes(blob[begin + _LOCAL.size + local[9] : data], local[8], local[7])
     agrees = local[:6] == (b"PK\x03\x04", version, flags, method, time, date) and (
@@ -191,10 +216,7 @@ def _unpacked(blob: bytes, member: Member) -> bytes | memoryview:
     if member.size > MAX_ARRAY_BYTES:
         raise DataError("too-large", f"its array claims {member.size} bytes; the limit is {MAX_ARRAY_BYTES}")
     data = memoryview(blob)[member.start : member.stop]
-    if member.method == _DEFLATED:
-        data = _inflated(data, member)
-    else:
-        data = data[: member.size]
+    data = _inflated(data, member) if member.method == _DEFLATED else data[: member.size]
     if zlib.crc32(data) != member.crc:
         raise DataError("bad-crc", "the array's bytes do not match their checksum")
     return data
@@ -375,6 +397,10 @@ class Scan:
         known = {word: place for place, word in enumerate(emotions.EMOTIONS)}
         return {key: counts[key] for key in sorted(counts, key=lambda key: (known.get(key, len(known)), key or ""))}
 
+    def left_out(self) -> dict[str, int]:
+        """How many files are left out for each code."""
+        return dict(sorted(collections.Counter(finding.code for finding in self.findings).items()))
+
     def fingerprint(self) -> str:
         """Hash of the names and shapes that training uses: another set of files has another one."""
         listing = "\n".join(f"{record.utterance.file!r} {record.shape}" for record in self.records)
@@ -526,7 +552,11 @@ def _select_width(result: Scan, candidates: list[tuple[Record, np.ndarray | None
                 result.features.append(array.reshape(-1, result.dim))
         else:
             result.findings.append(
-                Finding(record.utterance.file, "other-width", f"shape {record.shape} does not fit features of width {result.dim}")
+                Finding(
+                    record.utterance.file,
+                    "other-width",
+                    f"shape {record.shape} does not fit features of width {result.dim}",
+                )
             )
     if known and candidates and not result.records:
         shape = candidates[0][0].shape
@@ -601,13 +631,14 @@ def _label_sources(result: Scan) -> str:
 
 
 def _statistics_line(result: Scan) -> str:
+    pair = f"{stats.MEAN_FILE} and {stats.STD_FILE}"
     if result.stored is None:
         return "none here; train.py will compute them and save them here"
     if result.stored.supplied:
-        return f"{stats.MEAN_FILE} and {stats.STD_FILE} are yours and apply everywhere"
+        return f"{pair} are yours and apply everywhere"
     if result.stored.fingerprint != result.fingerprint():
-        return f"{stats.MEAN_FILE} and {stats.STD_FILE} were computed for OTHER files; train.py --recompute-stats renews them"
-    return f"{stats.MEAN_FILE} and {stats.STD_FILE} were computed for these files"
+        return f"{pair} were computed for OTHER files; train.py --recompute-stats renews them"
+    return f"{pair} were computed for these files"
 
 
 def _features_line(result: Scan) -> str:
@@ -632,7 +663,8 @@ def findings_report(result: Scan, limit: int | None = 20) -> Iterator[str]:
 
 def summary(result: Scan) -> Iterator[str]:
     """What is in the folder, a line for each question."""
-    yield f"{printable(str(result.directory))}: {result.files} NPZ files, {len(result.records)} usable, {len(result.findings)} left out"
+    used, unused = len(result.records), len(result.findings)
+    yield f"{printable(str(result.directory))}: {result.files} NPZ files, {used} usable, {unused} left out"
     if result.hidden:
         yield f"  passed over  {result.hidden} hidden or temporary files and results of runs"
     if not result.records:
@@ -646,7 +678,9 @@ def summary(result: Scan) -> Iterator[str]:
     yield f"  emotions     {_listing(result.count('emotion'))}"
     yield f"  speakers     {len(speakers)}{sizes}{nameless}"
     yield f"  features     {_features_line(result)}"
-    keys, dtypes = (collections.Counter(getattr(record, field) for record in result.records) for field in ("key", "dtype"))
+    keys, dtypes = (
+        collections.Counter(getattr(record, field) for record in result.records) for field in ("key", "dtype")
+    )
     others = f"; left alone: {_listing(dict(result.other_members.most_common()), 5)}" if result.other_members else ""
     yield f"  array        {_listing(dict(keys.most_common()), 5)}; {_listing(dict(dtypes.most_common()))}{others}"
     if result.reshaped:
@@ -655,7 +689,9 @@ def summary(result: Scan) -> Iterator[str]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Say what is in a folder of NPZ features and what stops training on it.")
+    parser = argparse.ArgumentParser(
+        description="Say what is in a folder of NPZ features and what stops training on it."
+    )
     parser.add_argument("directory", metavar="DIR", help="folder of NPZ files, flat or in emotion-named subfolders")
     parser.add_argument("--dim", type=int, help="width of the features, where the set does not tell it")
     parser.add_argument("--all", action="store_true", help="list every finding, not only 20 of a kind")

@@ -90,7 +90,14 @@ CORPORA: dict[str, Corpus] = {
             r"_(?P<emotion>ANG|DIS|FEA|HAP|NEU|SAD)_(?P<intensity>LO|MD|HI|XX?)"
         ),
         codes={
-            "emotion": {"ANG": "angry", "DIS": "disgust", "FEA": "fear", "HAP": "happy", "NEU": "neutral", "SAD": "sad"},
+            "emotion": {
+                "ANG": "angry",
+                "DIS": "disgust",
+                "FEA": "fear",
+                "HAP": "happy",
+                "NEU": "neutral",
+                "SAD": "sad",
+            },
             "intensity": {"LO": "low", "MD": "medium", "HI": "high", "XX": None, "X": None},
         },
         prefixes=("crema-d", "crema_d", "crema"),

@@ -4,6 +4,7 @@ Needs numpy alone. Axes: G groups (speakers), D features, C classes, R resamples
 """
 
 import ast
+import csv
 import functools
 import hashlib
 import io
@@ -85,7 +86,9 @@ def npy_header(blob: bytes | memoryview) -> tuple[NpyHeader, int]:
     major, minor = blob[6], blob[7]
     if (major, minor) not in ((1, 0), (2, 0), (3, 0)):
         raise DataError("bad-npy-header", f"npy format {major}.{minor} is not known")
-    start, size = (10, struct.unpack_from("<H", blob, 8)[0]) if major == 1 else (12, struct.unpack_from("<I", blob, 8)[0])
+    start, size = (
+        (10, struct.unpack_from("<H", blob, 8)[0]) if major == 1 else (12, struct.unpack_from("<I", blob, 8)[0])
+    )
     if size > _MAX_HEADER or start + size > len(blob):
         raise DataError("bad-npy-header", f"the array's header claims {size} bytes")
     return _parse_npy_header(bytes(blob[start : start + size])), start + size
@@ -106,7 +109,9 @@ def npy_array(blob: bytes | memoryview) -> np.ndarray:
     count = math.prod(header.shape)
     if offset + count * header.dtype.itemsize != len(blob):
         declared = count * header.dtype.itemsize
-        raise DataError("size-mismatch", f"shape {header.shape} needs {declared} bytes and there are {len(blob) - offset}")
+        raise DataError(
+            "size-mismatch", f"shape {header.shape} needs {declared} bytes and there are {len(blob) - offset}"
+        )
     flat = np.frombuffer(blob, header.dtype, count, offset)
     return flat.reshape(header.shape, order="F" if header.fortran_order else "C")
 
@@ -142,6 +147,28 @@ def npy_bytes(array: np.ndarray) -> bytes:
     buffer = io.BytesIO()
     np.save(buffer, array, allow_pickle=False)
     return buffer.getvalue()
+
+
+def csv_bytes(rows: list[dict], columns: tuple[str, ...] = ()) -> bytes:
+    """A table as CSV in UTF-8, one line for each row; `columns` name the header where there may be no row."""
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, columns or tuple(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue().encode("utf-8", "backslashreplace")
+
+
+def json_bytes(content: dict) -> bytes:
+    """Valid JSON: what is not a finite number becomes null."""
+
+    def plain(value):
+        if isinstance(value, dict):
+            return {key: plain(item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [plain(item) for item in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return (json.dumps(plain(content), indent=2, allow_nan=False) + "\n").encode()
 
 
 # --- moments and statistics ---------------------------------------------------------------------------------------
@@ -212,7 +239,9 @@ def _read_statistic(path: Path) -> np.ndarray:
     except DataError as error:
         raise DataError("bad-statistics", f"{path.name}: {error.reason}") from None
     if array.ndim != 1 or not array.size:
-        raise DataError("bad-statistics", f"{path.name} has shape {array.shape}; one number for each feature, shape (D,), is needed")
+        raise DataError(
+            "bad-statistics", f"{path.name} has shape {array.shape}; one number for each feature, shape (D,), is needed"
+        )
     with np.errstate(over="ignore"):
         array = array.astype(np.float32)
     if not np.isfinite(array).all():
@@ -244,7 +273,10 @@ def load(folder: Path) -> Stored | None:
     except FileNotFoundError:
         intact, fingerprint = [], None
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise DataError("bad-statistics", f"{BINDING_FILE} is damaged; delete it with the two files, or with it alone to keep them as yours") from None
+        raise DataError(
+            "bad-statistics",
+            f"{BINDING_FILE} is damaged; delete it with the two files, or with it alone to keep them as yours",
+        ) from None
     if not there or (intact and len(there) < 2) or (intact and any(intact) != all(intact)):
         return None
     if len(there) == 1:
@@ -274,6 +306,12 @@ def save(folder: Path, statistics: Statistics, fingerprint: str) -> None:
 
 
 # --- scores -------------------------------------------------------------------------------------------------------
+
+
+def probabilities(logits: np.ndarray) -> np.ndarray:
+    """Softmax over the last axis."""
+    shifted = np.exp(logits - logits.max(-1, keepdims=True))
+    return shifted / shifted.sum(-1, keepdims=True)
 
 
 def confusion_matrix(label: np.ndarray, predicted: np.ndarray, classes: int) -> np.ndarray:

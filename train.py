@@ -12,7 +12,6 @@ T frames, D features, W hidden width, C classes.
 """
 
 import argparse
-import csv
 import ctypes
 import dataclasses
 import functools
@@ -27,10 +26,14 @@ import os
 import platform
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from rich import box
+from rich.console import Console
+from rich.table import Table
 
 import check_data
 import emotions
@@ -55,7 +58,9 @@ class Config:
 
     directory: str
     out: str | None = _option(None, "folder for the results (runs/<name of DIR>)")
-    predict: str | None = _option(None, "label the files of DIR with the model in this results folder instead of training")
+    predict: str | None = _option(
+        None, "label the files of DIR with the model in this results folder instead of training"
+    )
     folds: str = _option("5", f"number of folds, or {', '.join(emotions.SCHEMES)} or leave-one-speaker-out")
     seeds: int = _option(5, "models for each fold; each validates on other speakers, and their logits are averaged")
     seed: int = _option(0, "seed of everything that is random")
@@ -98,7 +103,9 @@ def parse_config(arguments: list[str] | None = None) -> Config:
         if field.type is bool:
             parser.add_argument(flag, action="store_true", help=text)
         else:
-            kind = next(kind for kind in (int, float, str) if kind in (field.type, *getattr(field.type, "__args__", ())))
+            kind = next(
+                kind for kind in (int, float, str) if kind in (field.type, *getattr(field.type, "__args__", ()))
+            )
             shown = text if field.default is None else f"{text} (%(default)s)"
             parser.add_argument(flag, type=kind, default=field.default, metavar=kind.__name__.upper(), help=shown)
     return Config(**vars(parser.parse_args(arguments)))
@@ -196,7 +203,7 @@ def _speakers(utterances: list[emotions.Utterance]) -> tuple[np.ndarray, bool, l
         notes = [f"{unknown} files do not tell their speaker; those of one corpus are kept together"] if unknown else []
         return np.array(names), True, notes
     told = f"only one speaker ({names[0]})" if known else "no speaker"
-    note = f"the names tell {told}: files are split at random, and the figure is NOT speaker-independent, so it is too good"
+    note = f"the names tell {told}: files are split at random; the figure is NOT speaker-independent and too good"
     return np.array([utterance.file for utterance in utterances]), False, [note]
 
 
@@ -209,9 +216,15 @@ def _test_folds(scheme: str, speaker: np.ndarray, label: np.ndarray, seed: int) 
         strange = [name for name in present if name not in fold_of]
         if strange:
             names = check_data.printable(", ".join(strange[:5]))
-            raise check_data.UsageError(f"--folds {scheme} knows no speaker {names}; use --folds 5, or take those files away")
+            raise check_data.UsageError(
+                f"--folds {scheme} knows no speaker {names}; use --folds 5, or take those files away"
+            )
         missing = len(fold_of) - len(present)
-        notes = [f"{missing} speakers of {scheme} are not here: the figure is not comparable with others'"] if missing else []
+        notes = (
+            [f"{missing} speakers of {scheme} are not here: the figure is not comparable with others'"]
+            if missing
+            else []
+        )
         return _numbered([fold_of[name] for name in speaker]), notes
     if scheme == "leave-one-speaker-out":
         return _numbered(speaker), []
@@ -258,11 +271,16 @@ def make_plan(dataset: Dataset, config: Config) -> Plan:
     return plan
 
 
-def _rotation(rest: np.ndarray, speaker: np.ndarray, label: np.ndarray, config: Config) -> tuple[list[np.ndarray], str | None]:
+def _rotation(
+    rest: np.ndarray, speaker: np.ndarray, label: np.ndarray, config: Config
+) -> tuple[list[np.ndarray], str | None]:
     """Validation masks for the seeds of one fold, whose training and validation utterances are `rest`."""
     group, note = _numbered(speaker[rest]), None
     if group.max() == 0:
-        group, note = np.arange(len(group)), "one speaker is left to train on: validation takes a part of the same speaker"
+        group, note = (
+            np.arange(len(group)),
+            "one speaker is left to train on: validation takes a part of the same speaker",
+        )
     blocks = min(max(config.seeds, 5), group.max() + 1)
     block = np.full(len(rest), -1)
     block[rest] = balanced_blocks(group, label[rest], blocks, config.seed)
@@ -357,6 +375,27 @@ def choose_platform(gpu: str | None, fault: str, has_cuda: bool, asked: str) -> 
     return ("cpu" if has_cuda else ""), fault
 
 
+class _Complaints(logging.Handler):
+    """What jax logs while it starts its backends, to be said in one line: it would print a traceback."""
+
+    def __init__(self):
+        super().__init__()
+        self.heard: list[str] = []
+        self.logger = logging.getLogger("jax._src.xla_bridge")
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.heard.append(str(record.exc_info[1]) if record.exc_info else record.getMessage())
+
+    def __enter__(self) -> "_Complaints":
+        self.logger.addHandler(self)
+        self.logger.propagate = False
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.logger.removeHandler(self)
+        self.logger.propagate = True
+
+
 def start_jax() -> str:
     """Import the JAX stack, which takes seconds, on the best platform; return a line that names the device.
 
@@ -364,7 +403,8 @@ def start_jax() -> str:
     so that the platform is chosen first.
     """
     global jax, jnp, nn, optax
-    has_cuda = any(importlib.util.find_spec("jax_plugins") and importlib.util.find_spec(f"jax_plugins.xla_cuda{version}") for version in (12, 13))
+    plugins = ("jax_plugins.xla_cuda12", "jax_plugins.xla_cuda13") if importlib.util.find_spec("jax_plugins") else ()
+    has_cuda = any(map(importlib.util.find_spec, plugins))
     platforms, reason = choose_platform(*probe_gpu(), has_cuda, os.environ.get("JAX_PLATFORMS", ""))
     if platforms:
         os.environ["JAX_PLATFORMS"] = platforms
@@ -373,15 +413,18 @@ def start_jax() -> str:
     import jax.numpy as jnp
     import optax
 
-    try:
-        device = jax.devices()[0]
-    except RuntimeError as error:
-        reason = f"THE GPU COULD NOT BE USED: {str(error).splitlines()[0]}"
-        jax.config.update("jax_platforms", "cpu")
-        device = jax.devices()[0]
+    with _Complaints() as complaints:
+        try:
+            device = jax.devices()[0]
+        except RuntimeError as error:  # only where the user's own JAX_PLATFORMS leaves no other choice
+            raise check_data.UsageError(f"JAX_PLATFORMS={platforms}: {str(error).splitlines()[0]}") from None
+    if platforms != "cpu" and device.platform == "cpu" and complaints.heard:
+        reason = f"THE GPU COULD NOT BE USED: {check_data.printable(complaints.heard[0].strip().splitlines()[0])}"
     if device.platform == "cpu":
         return f"CPU ({os.cpu_count()} cores), because {reason or 'jax found nothing else'}"
-    return f"{device.platform.upper()} {device.device_kind}" + (f" and {jax.device_count() - 1} more" if jax.device_count() > 1 else "")
+    return f"{device.platform.upper()} {device.device_kind}" + (
+        f" and {jax.device_count() - 1} more" if jax.device_count() > 1 else ""
+    )
 
 
 # --- the model ----------------------------------------------------------------------------------------------------
@@ -496,7 +539,9 @@ def _where(condition: Any, new: Any, old: Any) -> Any:
     return jax.tree.map(choose, new, old)
 
 
-def member_epoch(task: Task, root: Any, x: Any, label: Any, epoch: Any, member: Member, state: State) -> tuple[State, dict]:
+def member_epoch(
+    task: Task, root: Any, x: Any, label: Any, epoch: Any, member: Member, state: State
+) -> tuple[State, dict]:
     """One epoch of one member over its training utterances in a fresh random order, then its validation."""
     size, utterances = task.config.batch, len(label)
     key = jax.random.fold_in(jax.random.fold_in(root, member.number), epoch)
@@ -515,7 +560,12 @@ def member_epoch(task: Task, root: Any, x: Any, label: Any, epoch: Any, member: 
     state, measured = jax.lax.scan(step, state, jnp.arange(task.steps))
     loss, norm = measured.sum(0) / batches
     validation_loss, validation_ua = validate(task, x, label, member, state.params)
-    return state, {"loss": loss, "gradient_norm": norm, "validation_loss": validation_loss, "validation_ua": validation_ua}
+    return state, {
+        "loss": loss,
+        "gradient_norm": norm,
+        "validation_loss": validation_loss,
+        "validation_ua": validation_ua,
+    }
 
 
 def validate(task: Task, x: Any, label: Any, member: Member, params: Any) -> tuple[Any, Any]:
@@ -552,7 +602,9 @@ def keep_best(task: Task, state: State, validation_loss: Any, epoch: Any) -> Sta
     )
 
 
-def population_epochs(task: Task, root: Any, x: Any, label: Any, members: Member, state: State, first: Any) -> tuple[State, dict]:
+def population_epochs(
+    task: Task, root: Any, x: Any, label: Any, members: Member, state: State, first: Any
+) -> tuple[State, dict]:
     """Several epochs of the whole population; the measures have shape (epochs, P), and `active` before each epoch."""
 
     def one_epoch(state, epoch):
@@ -628,7 +680,9 @@ def train(dataset: Dataset, plan: Plan, stored: stats.Stored, config: Config) ->
             break
     logits = jax.jit(functools.partial(all_logits, network))(state.best, members.mean, members.scale, x)
     averaged = np.asarray(logits, np.float64).reshape(plan.folds + 1, config.seeds, *logits.shape[1:]).mean(1)
-    return Trained(jax.device_get(state.best), averaged, np.asarray(state.best_epoch), np.asarray(state.skipped), history)
+    return Trained(
+        jax.device_get(state.best), averaged, np.asarray(state.best_epoch), np.asarray(state.skipped), history
+    )
 
 
 def _member_name(member: int, folds: int, seeds: int) -> str:
@@ -650,8 +704,9 @@ def _end_if_broken(worst_run: np.ndarray, first: int, folds: int, config: Config
     if broken.size:
         names = ", ".join(sorted({_member_name(member, folds, config.seeds) for member in broken}))
         raise TrainingError(
-            f"epochs {first + 1} to {first + EPOCHS_A_CALL}: loss or gradient was NaN or Inf in {worst_run.max()} steps in a row"
-            f" (fold {names}); nothing was saved. Try a smaller --learning-rate, and look at the features with check_data.py"
+            f"epochs {first + 1} to {first + EPOCHS_A_CALL}: loss or gradient was NaN or Inf in {worst_run.max()}"
+            f" steps in a row (fold {names}); nothing was saved. Try a smaller --learning-rate, and look at the"
+            " features with check_data.py"
         )
 
 
@@ -660,15 +715,13 @@ def _say_progress(history: list[dict], active: int, population: int, epochs: int
     last = [row for row in history if row["epoch"] == epoch]
     loss, ua = (np.mean([row[name] for row in last]) for name in ("loss", "validation_ua"))
     left = f"at most {seconds / epoch * (epochs - epoch):.0f} s left" if active else "all have stopped"
-    log.info("epoch %d/%d  loss %.3f  validation UA %.3f  %d of %d models training  %.0f s, %s", epoch, epochs, loss, ua, active, population, seconds, left)
+    log.info(
+        f"epoch {epoch}/{epochs}  loss {loss:.3f}  validation UA {ua:.3f}"
+        f"  {active} of {population} models training  {seconds:.0f} s, {left}"
+    )
 
 
 # --- evaluation ---------------------------------------------------------------------------------------------------
-
-
-def probabilities(logits: np.ndarray) -> np.ndarray:
-    shifted = np.exp(logits - logits.max(-1, keepdims=True))
-    return shifted / shifted.sum(-1, keepdims=True)
 
 
 def evaluate(dataset: Dataset, plan: Plan, trained: Trained, config: Config) -> tuple[dict, np.ndarray]:
@@ -681,7 +734,7 @@ def evaluate(dataset: Dataset, plan: Plan, trained: Trained, config: Config) -> 
         model that never saw the utterance's speaker.
     """
     classes, label = len(dataset.classes), dataset.label
-    probability = probabilities(trained.logits[plan.fold, np.arange(len(label))])
+    probability = stats.probabilities(trained.logits[plan.fold, np.arange(len(label))])
     predicted = probability.argmax(1)
     names, speaker = np.unique(plan.speaker, return_inverse=True)
     by_speaker = np.zeros((len(names), classes, classes), int)
@@ -699,17 +752,22 @@ def evaluate(dataset: Dataset, plan: Plan, trained: Trained, config: Config) -> 
         "fold_scheme": plan.scheme,
         "folds": [_fold_report(fold, dataset, plan, trained, predicted, config) for fold in range(plan.folds)],
         "confusion": confusion.tolist(),
+        "speakers": {str(name): _plain(stats.scores(counts)) for name, counts in zip(names, by_speaker)}
+        if plan.independent
+        else {},
+        "notes": plan.notes,
     }
-    if plan.independent:
-        metrics["speakers"] = {str(name): _plain(stats.scores(counts)) for name, counts in zip(names, by_speaker)}
     return metrics, probability
 
 
-def _fold_report(fold: int, dataset: Dataset, plan: Plan, trained: Trained, predicted: np.ndarray, config: Config) -> dict:
+def _fold_report(
+    fold: int, dataset: Dataset, plan: Plan, trained: Trained, predicted: np.ndarray, config: Config
+) -> dict:
     """Speakers and scores of one fold; its seeds rotate over the validation speakers, and the first stands on top."""
     members = range(fold * config.seeds, (fold + 1) * config.seeds)
     parts = [
-        {"train": _names(plan, plan.train[member]), "validation": _names(plan, plan.validation[member])} for member in members
+        {"train": _names(plan, plan.train[member]), "validation": _names(plan, plan.validation[member])}
+        for member in members
     ]
     tested = plan.fold == fold
     confusion = stats.confusion_matrix(dataset.label[tested], predicted[tested], len(dataset.classes))
@@ -754,25 +812,6 @@ def model_bytes(params: Any, statistics: stats.Statistics) -> bytes:
     return buffer.getvalue()
 
 
-def csv_bytes(rows: list[dict]) -> bytes:
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, rows[0] if rows else ["file", "code", "reason"], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue().encode("utf-8", "backslashreplace")
-
-
-def json_bytes(content: dict) -> bytes:
-    def plain(value):
-        if isinstance(value, dict):
-            return {key: plain(item) for key, item in value.items()}
-        if isinstance(value, list):
-            return [plain(item) for item in value]
-        return None if isinstance(value, float) and not math.isfinite(value) else value
-
-    return (json.dumps(plain(content), indent=2, allow_nan=False) + "\n").encode()
-
-
 def prediction_rows(dataset: Dataset, plan: Plan, probability: np.ndarray) -> list[dict]:
     return [
         {
@@ -788,26 +827,45 @@ def prediction_rows(dataset: Dataset, plan: Plan, probability: np.ndarray) -> li
 
 
 def _predicted(classes: tuple[str, ...], probability: np.ndarray) -> dict:
-    return {"predicted": classes[probability.argmax()]} | {f"p_{name}": f"{p:.6f}" for name, p in zip(classes, probability)}
+    return {"predicted": classes[probability.argmax()]} | {
+        f"p_{name}": f"{p:.6f}" for name, p in zip(classes, probability)
+    }
 
 
-def save_run(run: Path, scan: check_data.Scan, dataset: Dataset, plan: Plan, trained: Trained, stored: stats.Stored, metrics: dict, probability: np.ndarray, config: Config) -> None:
+def save_run(
+    run: Path,
+    scan: check_data.Scan,
+    dataset: Dataset,
+    plan: Plan,
+    trained: Trained,
+    stored: stats.Stored,
+    metrics: dict,
+    probability: np.ndarray,
+    config: Config,
+) -> None:
     """Write every artifact of a run, each in one step; the model comes last but for metrics.json, which closes it."""
     final = jax.tree.map(lambda leaf: leaf[plan.folds * config.seeds :], trained.params)
-    described = {"format": 1, "classes": list(dataset.classes), "dim": scan.dim, "pooling": "mean", "options": dataclasses.asdict(config)}
+    described = {
+        "format": 1,
+        "classes": list(dataset.classes),
+        "dim": scan.dim,
+        "pooling": "mean",
+        "options": dataclasses.asdict(config),
+    }
     confusion = [
-        {"label": name} | dict(zip(dataset.classes, counts)) for name, counts in zip(dataset.classes, metrics["confusion"])
+        {"label": name} | dict(zip(dataset.classes, counts))
+        for name, counts in zip(dataset.classes, metrics["confusion"])
     ]
     artifacts = {
-        "config.json": json_bytes(described),
-        "history.csv": csv_bytes(trained.history),
-        "predictions.csv": csv_bytes(prediction_rows(dataset, plan, probability)),
-        "confusion.csv": csv_bytes(confusion),
-        "skipped.csv": csv_bytes([finding._asdict() for finding in scan.findings]),
+        "config.json": stats.json_bytes(described),
+        "history.csv": stats.csv_bytes(trained.history),
+        "predictions.csv": stats.csv_bytes(prediction_rows(dataset, plan, probability)),
+        "confusion.csv": stats.csv_bytes(confusion),
+        "skipped.csv": stats.csv_bytes([finding._asdict() for finding in scan.findings], check_data.Finding._fields),
         stats.MEAN_FILE: stats.npy_bytes(stored.statistics.mean),
         stats.STD_FILE: stats.npy_bytes(stored.statistics.std),
         "model.npz": model_bytes(final, stored.statistics),
-        "metrics.json": json_bytes(metrics),
+        "metrics.json": stats.json_bytes(metrics),
     }
     for name, blob in artifacts.items():
         stats.write_atomic(run / name, blob)
@@ -816,48 +874,48 @@ def save_run(run: Path, scan: check_data.Scan, dataset: Dataset, plan: Plan, tra
 # --- the report ---------------------------------------------------------------------------------------------------
 
 
-def report(metrics: dict, scan: check_data.Scan, plan: Plan, run: Path) -> "Console":
+def report(metrics: dict, run: Path) -> Console:
     """Print the closing report on standard output; the console that is returned has recorded it."""
-    from rich.console import Console
-
-    console = Console(record=True, highlight=False, markup=False, width=max(80, 20 + 7 * len(metrics["classes"])))
-    independent = "speaker-independent" if plan.independent else "NOT speaker-independent"
-    counted = f"{metrics['n_utterances']} utterances, {metrics['n_speakers']} speakers, {len(metrics['classes'])} classes"
-    console.print(f"\n{independent} cross-validation, {plan.scheme} ({plan.folds} folds): {counted}\n")
+    classes, folds = metrics["classes"], metrics["folds"]
+    console = Console(record=True, highlight=False, markup=False, width=max(80, 20 + 7 * len(classes)))
+    say = functools.partial(console.print, soft_wrap=True)
+    kind = "speaker-independent" if metrics["speaker_independent"] else "NOT speaker-independent"
+    say(f"\n{kind} cross-validation, {metrics['fold_scheme']} ({len(folds)} folds):", end=" ")
+    say(f"{metrics['n_utterances']} utterances, {metrics['n_speakers']} speakers, {len(classes)} classes\n")
     for name, title in (("ua", "UA (mean recall)"), ("wa", "WA (accuracy)"), ("macro_f1", "macro F1")):
         low, high = metrics[f"{name}_ci95"]
         chance = f"   chance {metrics['chance_ua']:.4f}" if name == "ua" else ""
-        console.print(f"  {title:<17} {metrics[name]:.4f}   95 % interval {low:.4f} to {high:.4f}{chance}")
-    console.print(_fold_line(metrics))
+        say(f"  {title:<17} {metrics[name]:.4f}   95 % interval {low:.4f} to {high:.4f}{chance}")
     console.print(_confusion_table(metrics))
-    for line in _weakest_lines(metrics):
-        console.print(line)
-    reasons: dict[str, int] = {}
-    for finding in scan.findings:
-        reasons[finding.code] = reasons.get(finding.code, 0) + 1
-    why = f": {', '.join(f'{code} {count}' for code, count in sorted(reasons.items()))} (skipped.csv names them)" if reasons else ""
-    console.print(f"  left out          {len(scan.findings)} of {scan.files} files{why}")
-    for note in plan.notes:
-        console.print(f"  note              {note}")
-    console.print(f"  device            {metrics['device']}")
-    versions = ", ".join(f"{name} {version}" for name, version in metrics["versions"].items())
-    console.print(f"  versions          {versions}")
-    console.print(f"  seconds           {metrics['seconds']:.1f}")
-    console.print(f"  results           {check_data.printable(str(run))}")
+    for title, text in _closing_lines(metrics):
+        say(f"  {title:<17} {text}")
+    say(f"  {'results':<17} {check_data.printable(str(run))}")
     return console
 
 
-def _fold_line(metrics: dict) -> str:
-    return "  UA of the folds   " + "  ".join(f"{fold['ua']:.3f}" for fold in metrics["folds"][:12]) + "  ..." * (len(metrics["folds"]) > 12)
+def _closing_lines(metrics: dict) -> Iterator[tuple[str, str]]:
+    recalls = " ".join(f"{fold['ua']:.3f}" for fold in metrics["folds"][:10])
+    yield "UA of the folds", recalls + " ..." * (len(metrics["folds"]) > 10)
+    weakest = sorted(metrics["speakers"].items(), key=lambda item: item[1]["ua"])[:5]
+    if weakest:
+        named = [f"{check_data.printable(name)} {scores['ua']:.3f}" for name, scores in weakest]
+        yield "weakest speakers", f"{', '.join(named)} (UA)"
+    reasons = ", ".join(f"{code} {count}" for code, count in metrics["left_out"].items())
+    why = f": {reasons}; skipped.csv names them" if reasons else ""
+    yield "left out", f"{sum(metrics['left_out'].values())} files{why}"
+    for note in metrics["notes"]:
+        yield "note", note
+    yield "device", metrics["device"]
+    yield "versions", ", ".join(f"{name} {version}" for name, version in metrics["versions"].items())
+    yield "seconds", f"{metrics['seconds']:.1f}"
 
 
-def _confusion_table(metrics: dict) -> "Table":
+def _confusion_table(metrics: dict) -> Table:
     """Rows are labels, columns predictions; class names are cut so that eight of them fit 80 columns."""
-    from rich import box
-    from rich.table import Table
-
     names, confusion = metrics["classes"], metrics["confusion"]
-    table = Table(title="label (row) against prediction (column)", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table = Table(
+        title="label (row) against prediction (column)", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0)
+    )
     table.add_column("", no_wrap=True)
     for name in names:
         table.add_column(name[:6], justify="right", no_wrap=True)
@@ -867,23 +925,17 @@ def _confusion_table(metrics: dict) -> "Table":
     return table
 
 
-def _weakest_lines(metrics: dict) -> list[str]:
-    speakers = sorted(metrics.get("speakers", {}).items(), key=lambda item: item[1]["ua"])
-    weakest = ", ".join(f"{check_data.printable(name)} {scores['ua']:.3f}" for name, scores in speakers[:5])
-    return [f"  weakest speakers  {weakest} (UA)"] if weakest else []
-
-
 # --- the program --------------------------------------------------------------------------------------------------
 
 
-def _scan_progress() -> "Callable[[int], None]":
+def _scan_progress() -> Callable[[int], None]:
     last = time.monotonic()
 
     def progress(files: int) -> None:
         nonlocal last
         if time.monotonic() - last > 2:
             last = time.monotonic()
-            log.info("read %d files", files)
+            log.info(f"read {files} files")
 
     return progress
 
@@ -893,33 +945,35 @@ def _statistics(scan: check_data.Scan, dataset: Dataset, run: Path, config: Conf
     stored = scan.stored
     if stored and stored.supplied:
         if config.recompute_stats:
-            raise check_data.UsageError(f"{stats.MEAN_FILE} and {stats.STD_FILE} in DIR are your own; move them away first")
-        log.info("statistics: yours, from %s and %s in DIR; they apply everywhere", stats.MEAN_FILE, stats.STD_FILE)
+            raise check_data.UsageError(f"{stats.MEAN_FILE} and {stats.STD_FILE} in DIR are yours: move them away")
+        log.info(f"statistics: yours, from {stats.MEAN_FILE} and {stats.STD_FILE} in DIR; they apply everywhere")
     elif stored and not config.recompute_stats:
-        log.info("statistics: for the final model as saved in DIR; every fold uses those of its own training speakers")
+        log.info("statistics: the final model has those saved in DIR, every fold those of its own training speakers")
         if stored.fingerprint != scan.fingerprint():
             log.info("statistics: THOSE IN DIR WERE COMPUTED FOR OTHER FILES; --recompute-stats renews them")
     else:
         stored = stats.Stored(dataset.moments.merged().statistics(), False, scan.fingerprint())
         place = scan.directory if os.access(scan.directory, os.W_OK) else run
         stats.save(place, stored.statistics, scan.fingerprint())
-        log.info("statistics: computed, saved in %s for the final model; every fold uses those of its own training speakers", check_data.printable(str(place)))
+        log.info(f"statistics: computed and saved in {check_data.printable(str(place))} for the final model;")
+        log.info("            every fold has those of its own training speakers")
     constant = np.flatnonzero(stored.statistics.constant())
     if constant.size:
-        log.info("statistics: %d dimensions do not vary and are not scaled: %s", constant.size, ", ".join(map(str, constant[:10])) + " ..." * (constant.size > 10))
+        named = ", ".join(map(str, constant[:10])) + " ..." * (constant.size > 10)
+        log.info(f"statistics: {constant.size} dimensions do not vary and are not scaled: {named}")
     return stored
 
 
 def _say_plan(plan: Plan, seeds: int) -> None:
-    log.info("folds: %s, %d of them and the final model, %d seeds each", plan.scheme, plan.folds, seeds)
+    log.info(f"folds: {plan.scheme}, {plan.folds} of them and the final model, {seeds} seeds each")
     if plan.independent:
         for fold in range(plan.folds):
             tested = [name.partition(":")[2] for name in _names(plan, plan.fold == fold)]
             shown = " ".join(tested[:12]) + f" ... ({len(tested)})" * (len(tested) > 12)
-            log.info("  fold %d tests %s", fold + 1, check_data.printable(shown))
+            log.info(f"  fold {fold + 1} tests {check_data.printable(shown)}")
         log.info("  no speaker is in more than one of training, validation and test: checked")
     for note in plan.notes:
-        log.info("note: %s", note)
+        log.info(f"note: {note}")
 
 
 def run_training(config: Config) -> int:
@@ -929,13 +983,14 @@ def run_training(config: Config) -> int:
     run.mkdir(parents=True, exist_ok=True)
     log.addHandler(logging.FileHandler(run / "train.log", "w", encoding="utf-8"))
     device = start_jax()
-    log.info("device: %s", device)
-    log.info("settings: %s", ", ".join(f"{name} {value}" for name, value in dataclasses.asdict(config).items() if value not in (None, False)))
+    log.info(f"device: {device}")
+    given = {name: value for name, value in dataclasses.asdict(config).items() if value not in (None, False)}
+    log.info("settings: " + check_data.printable(", ".join(f"{name} {value}" for name, value in given.items())))
     if not os.access(config.directory, os.W_OK):
-        log.info("statistics: DIR is read-only, so they will be saved in %s", check_data.printable(str(run)))
+        log.info(f"statistics: DIR is read-only, so they will be saved in {check_data.printable(str(run))}")
     scan = check_data.scan(config.directory, dim=config.dim, keep_features=True, progress=_scan_progress())
     for line in (*check_data.findings_report(scan), *check_data.summary(scan)):
-        log.info("%s", line)
+        log.info(line)
     for obstacle in check_data.obstacles(scan):
         raise check_data.UsageError(obstacle)
     dataset = pack(scan)
@@ -944,9 +999,10 @@ def run_training(config: Config) -> int:
     _say_plan(plan, config.seeds)
     trained = train(dataset, plan, stored, config)
     metrics, probability = evaluate(dataset, plan, trained, config)
-    metrics |= {"device": device, "versions": _versions(), "seconds": round(time.perf_counter() - started, 1)}
+    metrics |= {"left_out": scan.left_out(), "device": device, "versions": _versions()}
+    metrics |= {"seconds": round(time.perf_counter() - started, 1)}
     save_run(run, scan, dataset, plan, trained, stored, metrics, probability, config)
-    console = report(metrics, scan, plan, run)
+    console = report(metrics, run)
     with open(run / "train.log", "a", encoding="utf-8") as file:
         file.write(console.export_text())
     return 0
@@ -968,22 +1024,31 @@ def run_prediction(config: Config) -> int:
         params = unflatten(arrays)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise check_data.UsageError(f"{check_data.printable(str(model))} holds no finished model: {error}") from None
-    log.info("device: %s", start_jax())
+    log.info(f"device: {start_jax()}")
     scan = check_data.scan(config.directory, dim=dim, labels=False, keep_features=True, progress=_scan_progress())
     for line in check_data.findings_report(scan):
-        log.info("%s", line)
+        log.info(line)
     if not scan.records:
         raise check_data.UsageError(f"no file can be used; the model wants features {dim} wide")
     x = np.stack([stats.Moments.of(frames).mean for frames in scan.features]).astype(np.float32)
     network = build_network(Config(**options), len(classes))
-    logits = jax.jit(functools.partial(all_logits, network))(params, *(np.stack([a] * len(params["Dense_0"]["bias"])) for a in (mean, scale)), x)
-    probability = probabilities(np.asarray(logits, np.float64).mean(0))
-    rows = [{"file": record.utterance.file} | _predicted(classes, row) for record, row in zip(scan.records, probability)]
+    logits = jax.jit(functools.partial(all_logits, network))(
+        params, *(np.stack([a] * len(params["Dense_0"]["bias"])) for a in (mean, scale)), x
+    )
+    probability = stats.probabilities(np.asarray(logits, np.float64).mean(0))
+    rows = [
+        {"file": record.utterance.file} | _predicted(classes, row) for record, row in zip(scan.records, probability)
+    ]
     out = Path(config.out) if config.out else model / f"predict-{Path(config.directory).resolve().name}"
+    if (out / "metrics.json").exists():
+        raise check_data.UsageError(
+            f"{check_data.printable(str(out))} holds the results of a training run; choose another --out"
+        )
     out.mkdir(parents=True, exist_ok=True)
-    stats.write_atomic(out / "predictions.csv", csv_bytes(rows))
+    stats.write_atomic(out / "predictions.csv", stats.csv_bytes(rows))
     counts = ", ".join(f"{name} {(probability.argmax(1) == index).sum()}" for index, name in enumerate(classes))
-    print(f"{len(rows)} files labelled, {len(scan.findings)} left out: {counts}\n{check_data.printable(str(out / 'predictions.csv'))}")
+    print(f"{len(rows)} files labelled, {len(scan.findings)} left out: {counts}")
+    print(check_data.printable(str(out / "predictions.csv")))
     return 1 if scan.findings else 0
 
 
