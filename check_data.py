@@ -227,9 +227,7 @@ def _inflated(data: memoryview, member: Member) -> bytes:
     try:
         head = inflater.decompress(data, 1 << 14)
         header, offset = stats.npy_header(head)
-        declared = offset + math.prod(header.shape) * header.dtype.itemsize
-        if declared != member.size:
-            raise DataError("size-mismatch", f"shape {header.shape} needs {declared} bytes and there are {member.size}")
+        stats.check_size(header, member.size - offset)
         if member.size > 100 * len(data) + (1 << 20):
             raise DataError("bomb", f"{len(data)} bytes would inflate to {member.size}: no features shrink so much")
         rest = inflater.decompress(inflater.unconsumed_tail, max(1, member.size - len(head) + 1))
@@ -291,7 +289,9 @@ def read_features(path: str | Path) -> Features:
     with np.errstate(over="ignore"):
         array = np.ascontiguousarray(stored, np.float32)
     # Looked for after the conversion: 1e300 is finite as float64 only. A sum of finite float32 in float64 is finite.
-    if not math.isfinite(array.sum(dtype=np.float64)):
+    with np.errstate(invalid="ignore"):  # Inf and -Inf together
+        total = array.sum(dtype=np.float64)
+    if not math.isfinite(total):
         bad = ~np.isfinite(array)
         first = tuple(int(place[0]) for place in np.nonzero(bad))
         raise DataError("not-finite", f"{bad.sum()} of {array.size} values are NaN or Inf, the first at {first}")
@@ -416,6 +416,13 @@ def printable(name: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in name)
 
 
+def _is_folder(entry: os.DirEntry) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link that leads to itself
+        return False
+
+
 def _walk(folder: Path, scan: Scan) -> Iterator[str]:
     """Yield the NPZ files below a folder as paths relative to it; count what is passed over."""
     pending, seen = [""], set()
@@ -439,11 +446,11 @@ def _walk(folder: Path, scan: Scan) -> Iterator[str]:
             if entry.name.startswith((".", "~")) or entry.name == "__MACOSX":
                 scan.hidden += 1
             elif entry.name.lower().endswith(".npz"):
-                if entry.is_dir():
+                if _is_folder(entry):
                     scan.findings.append(Finding(path, "not-a-file", "is a folder"))
                 else:
                     yield path
-            elif entry.is_dir():
+            elif _is_folder(entry):
                 pending.append(path)
             elif entry.name not in (stats.MEAN_FILE, stats.STD_FILE, stats.BINDING_FILE):
                 scan.other_files[os.path.splitext(entry.name)[1].lower() or entry.name] += 1
@@ -471,9 +478,13 @@ def _labelled(file: str) -> tuple[emotions.Utterance, str]:
     return utterance, "name"
 
 
+def _sequence_widths(shapes: Iterable[tuple[int, ...]]) -> set[int]:
+    return {shape[-1] for shape in shapes if len(shape) == 2}
+
+
 def _common_width(shapes: collections.Counter) -> int | None:
     """The width D that most files fit: vectors (D,), sequences (T, D), and flat (T * D,) where a sequence shows D."""
-    sequence_widths = {shape[-1] for shape in shapes if len(shape) == 2}
+    sequence_widths = _sequence_widths(shapes)
     support = collections.Counter()
     for width in {shape[-1] for shape in shapes}:
         for shape, files in shapes.items():
@@ -536,17 +547,25 @@ def scan(
     if not candidates and not result.findings:
         raise UsageError(_nothing_found(result))
     known = result.stored.statistics.mean.size if result.stored else None
-    result.dim = dim or known or _common_width(collections.Counter(record.shape for record, _ in candidates))
-    _select_width(result, candidates, known)
+    shapes = collections.Counter(record.shape for record, _ in candidates)
+    result.dim = dim or known or _common_width(shapes)
+    _select_width(result, candidates, bool(dim or known) or result.dim in _sequence_widths(shapes))
+    if known and candidates and not result.records:
+        shape = shapes.most_common(1)[0][0]
+        raise DataError("bad-statistics", f"{stats.MEAN_FILE} has {known} numbers and the files have shape {shape}")
     result.findings.sort()
     return result
 
 
-def _select_width(result: Scan, candidates: list[tuple[Record, np.ndarray | None]], known: int | None) -> None:
-    """Move the candidates into the records, as frames of width D, or into the findings if they have another width."""
+def _select_width(result: Scan, candidates: list[tuple[Record, np.ndarray | None]], reshape: bool) -> None:
+    """Move the candidates into the records, as frames of width D, or into the findings if they have another width.
+
+    A flat vector of T * D values is cut into frames only with `reshape`: where D is more than the common length of
+    vectors, since one encoder's vector is often twice as wide as another's.
+    """
     for record, array in candidates:
         width = record.shape[-1]
-        if width == result.dim or (len(record.shape) == 1 and width % result.dim == 0):
+        if width == result.dim or (reshape and len(record.shape) == 1 and width % result.dim == 0):
             result.records.append(record)
             if array is not None:
                 result.features.append(array.reshape(-1, result.dim))
@@ -558,9 +577,6 @@ def _select_width(result: Scan, candidates: list[tuple[Record, np.ndarray | None
                     f"shape {record.shape} does not fit features of width {result.dim}",
                 )
             )
-    if known and candidates and not result.records:
-        shape = candidates[0][0].shape
-        raise DataError("bad-statistics", f"{stats.MEAN_FILE} has {known} numbers and the files have shape {shape}")
 
 
 def folder(directory: str | Path) -> Path:

@@ -94,6 +94,22 @@ def npy_header(blob: bytes | memoryview) -> tuple[NpyHeader, int]:
     return _parse_npy_header(bytes(blob[start : start + size])), start + size
 
 
+def check_size(header: NpyHeader, size: int) -> None:
+    """Make sure that a header declares float numbers that fill `size` bytes exactly.
+
+    Raises
+    ------
+    DataError
+        `not-float` or `size-mismatch`.
+    """
+    if header.dtype.kind != "f" or header.dtype.itemsize > 8:
+        kind = "pickled Python objects" if header.dtype.hasobject else f"{header.dtype} numbers"
+        raise DataError("not-float", f"the array holds {kind}, not float16, float32 or float64")
+    declared = math.prod(header.shape) * header.dtype.itemsize
+    if declared != size:
+        raise DataError("size-mismatch", f"shape {header.shape} needs {declared} bytes and there are {size}")
+
+
 def npy_array(blob: bytes | memoryview) -> np.ndarray:
     """Turn the bytes of an npy file into an array that shares their memory; nothing is unpickled.
 
@@ -103,15 +119,8 @@ def npy_array(blob: bytes | memoryview) -> np.ndarray:
         `bad-npy-header`, `not-float` or `size-mismatch`. The numbers must fill the bytes exactly.
     """
     header, offset = npy_header(blob)
-    if header.dtype.kind != "f" or header.dtype.itemsize > 8:
-        kind = "pickled Python objects" if header.dtype.hasobject else f"{header.dtype} numbers"
-        raise DataError("not-float", f"the array holds {kind}, not float16, float32 or float64")
+    check_size(header, len(blob) - offset)
     count = math.prod(header.shape)
-    if offset + count * header.dtype.itemsize != len(blob):
-        declared = count * header.dtype.itemsize
-        raise DataError(
-            "size-mismatch", f"shape {header.shape} needs {declared} bytes and there are {len(blob) - offset}"
-        )
     flat = np.frombuffer(blob, header.dtype, count, offset)
     return flat.reshape(header.shape, order="F" if header.fortran_order else "C")
 

@@ -968,8 +968,8 @@ def _say_plan(plan: Plan, seeds: int) -> None:
     log.info(f"folds: {plan.scheme}, {plan.folds} of them and the final model, {seeds} seeds each")
     if plan.independent:
         for fold in range(plan.folds):
-            tested = [name.partition(":")[2] for name in _names(plan, plan.fold == fold)]
-            shown = " ".join(tested[:12]) + f" ... ({len(tested)})" * (len(tested) > 12)
+            tested = _names(plan, plan.fold == fold)
+            shown = " ".join(tested[:6]) + f" ... ({len(tested)})" * (len(tested) > 6)
             log.info(f"  fold {fold + 1} tests {check_data.printable(shown)}")
         log.info("  no speaker is in more than one of training, validation and test: checked")
     for note in plan.notes:

@@ -1,0 +1,474 @@
+import io
+import os
+import pickle
+import socket
+import struct
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import check_data
+import stats
+from check_data import read_features, scan
+
+ROOT = Path(__file__).resolve().parent.parent
+GOOD = np.linspace(-1, 1, 12, dtype=np.float32)
+
+
+def write(path, **arrays):
+    np.savez(path, **arrays or {"emb": GOOD})
+    return path
+
+
+def code_of(path):
+    with pytest.raises(stats.DataError) as error:
+        read_features(path)
+    return error.value.code
+
+
+def zip_of(path, members, method=zipfile.ZIP_STORED):
+    with zipfile.ZipFile(path, "w", method) as archive:
+        for name, blob in members.items():
+            archive.writestr(name, blob)
+    return path
+
+
+# --- which array ---
+
+
+@pytest.mark.parametrize(
+    ("arrays", "key"),
+    [
+        (("other", "emb", "embedding"), "emb"),
+        (("wav2vec", "features", "embedding"), "embedding"),
+        (("wav2vec", "features"), "features"),
+        (("other", "wav2vec"), "wav2vec"),
+        (("layer6", "layer12"), "layer6"),
+    ],
+)
+def test_the_key_is_chosen_in_the_documented_order(tmp_path, arrays, key):
+    path = write(tmp_path / "x.npz", **{name: GOOD * (place + 1) for place, name in enumerate(arrays)})
+    features = read_features(path)
+    assert features.key == key
+    np.testing.assert_array_equal(features.array, GOOD * (arrays.index(key) + 1))
+
+
+def test_the_other_members_of_the_file_are_left_alone(tmp_path):
+    """The form of the files that this project was born from, also with the label first."""
+    frames = np.arange(24.0).reshape(6, 4).astype(np.float32)
+    others = {"label": np.eye(8)[2], "emotion": np.array("happy"), "emotion_class": np.array(2)}
+    for arrays in ({"wav2vec_features": frames, **others}, {**others, "wav2vec_features": frames}):
+        features = read_features(write(tmp_path / "x.npz", **arrays))
+        assert features.key == "wav2vec_features"
+        np.testing.assert_array_equal(features.array, frames)
+
+
+def test_a_pickled_member_beside_the_features_is_left_alone(tmp_path):
+    path = tmp_path / "x.npz"
+    np.savez(path, emb=GOOD, meta=np.array([{"a": 1}], object))
+    np.testing.assert_array_equal(read_features(path).array, GOOD)
+
+
+# --- forms of the array ---
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda x: x,
+        lambda x: x.astype(np.float64),
+        lambda x: x.astype(">f4"),
+        lambda x: x.astype(">f8"),
+        np.asfortranarray,
+        lambda x: x[None],
+    ],
+)
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_every_form_of_one_array_reads_the_same(tmp_path, change, save):
+    frames = np.random.default_rng(0).normal(size=(5, 4)).astype(np.float32)
+    save(tmp_path / "x.npz", emb=change(frames))
+    array = read_features(tmp_path / "x.npz").array
+    assert array.dtype == np.float32
+    assert array.flags.c_contiguous
+    np.testing.assert_array_equal(array, frames)
+
+
+def test_float16_is_read(tmp_path):
+    write(tmp_path / "x.npz", emb=GOOD.astype(np.float16))
+    np.testing.assert_array_equal(read_features(tmp_path / "x.npz").array, GOOD.astype(np.float16))
+
+
+@pytest.mark.parametrize("zip_writer", ["pipe", "zipfile"])
+def test_archives_of_other_writers_are_read(tmp_path, zip_writer):
+    path, blob = tmp_path / "x.npz", stats.npy_bytes(GOOD)
+    if zip_writer == "zipfile":
+        zip_of(path, {"emb.npy": blob})
+    else:  # sizes and CRC follow the data, as where the output cannot seek
+
+        class Pipe(io.RawIOBase):
+            data = b""
+
+            def writable(self):
+                return True
+
+            def write(self, block):
+                Pipe.data += bytes(block)
+                return len(block)
+
+        zip_of(Pipe(), {"emb.npy": blob, "more.npy": blob})
+        path.write_bytes(Pipe.data)
+    np.testing.assert_array_equal(read_features(path).array, GOOD)
+
+
+@pytest.mark.parametrize(
+    ("array", "code"),
+    [
+        (np.arange(4), "not-float"),
+        (np.array([True, False]), "not-float"),
+        (np.array([1j, 2]), "not-float"),
+        (np.array(["a", "b"]), "not-float"),
+        (np.zeros(2, [("a", "f4")]), "not-float"),
+        (np.array([{}, 1], object), "not-float"),
+        (np.array(1.0), "empty-array"),
+        (np.zeros((0, 4)), "empty-array"),
+        (np.ones((2, 3, 4)), "bad-shape"),
+        (np.array([1, np.nan, 2]), "not-finite"),
+        (np.array([1, np.inf, -np.inf]), "not-finite"),
+        (np.array([1, 1e300]), "not-finite"),
+        (np.zeros(4), "constant"),
+        (np.full((3, 4), 7.0), "constant"),
+    ],
+)
+def test_an_array_that_cannot_be_used_has_a_code(tmp_path, array, code):
+    assert code_of(write(tmp_path / "x.npz", emb=array)) == code
+
+
+def test_the_count_and_the_first_place_of_nan_are_told(tmp_path):
+    array = np.ones((3, 4))
+    array[1, 2] = array[2, 0] = np.nan
+    with pytest.raises(stats.DataError, match=r"2 of 12 values .* first at \(1, 2\)"):
+        read_features(write(tmp_path / "x.npz", emb=array))
+
+
+# --- damaged files ---
+
+
+@pytest.mark.parametrize(
+    ("blob", "code"),
+    [
+        (b"", "empty"),
+        (bytes(5000), "empty"),
+        (b"hello", "not-npz"),
+        (b"<!DOCTYPE html><html>404</html>", "not-npz"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "git-lfs"),
+        (stats.npy_bytes(GOOD), "not-npz"),
+        (b"RIFF....WAVE", "not-npz"),
+        (b"PK\x05\x06", "not-npz"),
+        (b"PK\x05\x06" + bytes(18), "no-array"),
+    ],
+)
+def test_what_is_no_archive_is_named(tmp_path, blob, code):
+    path = tmp_path / "x.npz"
+    path.write_bytes(blob)
+    assert code_of(path) == code
+
+
+class Exploit:
+    def __reduce__(self):
+        return (os.mkdir, (os.environ["EXPLOIT"],))
+
+
+@pytest.mark.parametrize("form", ["pickle", "member"])
+def test_the_code_of_a_pickle_does_not_run(tmp_path, monkeypatch, form):
+    monkeypatch.setenv("EXPLOIT", str(tmp_path / "ran"))
+    path = tmp_path / "x.npz"
+    if form == "pickle":
+        path.write_bytes(pickle.dumps(Exploit()))
+        assert code_of(path) == "pickle"
+    else:
+        np.savez(path, emb=np.array([Exploit(), 1], object))
+        assert code_of(path) == "not-float"
+    assert not (tmp_path / "ran").exists()
+
+
+def test_no_truncation_is_accepted(tmp_path):
+    whole = write(tmp_path / "whole.npz").read_bytes()
+    path = tmp_path / "x.npz"
+    for length in range(len(whole)):
+        path.write_bytes(whole[:length])
+        assert code_of(path)
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_no_flipped_bit_gives_another_array(tmp_path, save):
+    save(tmp_path / "whole.npz", emb=GOOD)
+    whole, path = bytearray((tmp_path / "whole.npz").read_bytes()), tmp_path / "x.npz"
+    for bit in range(8 * len(whole)):
+        flipped = bytearray(whole)
+        flipped[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(flipped)
+        try:
+            array = read_features(path).array
+        except stats.DataError:
+            continue
+        np.testing.assert_array_equal(array, GOOD)
+
+
+def test_bytes_before_and_after_the_archive_are_refused(tmp_path):
+    whole, path = write(tmp_path / "whole.npz").read_bytes(), tmp_path / "x.npz"
+    path.write_bytes(whole + b"more")
+    assert code_of(path) == "junk"
+    path.write_bytes(b"more" + whole)
+    assert code_of(path) == "junk"
+
+
+@pytest.mark.parametrize(
+    ("header", "code"),
+    [
+        ("{'descr': '<f4', 'fortran_order': False, 'shape': (1000000000000,), }", "size-mismatch"),
+        ("{'descr': '<f4', 'fortran_order': False, 'shape': (11,), }", "size-mismatch"),
+        ("{'descr': '<f4', 'fortran_order': False, 'shape': (2**40,), }", "bad-npy-header"),
+        ("{'descr': '|O', 'fortran_order': False, 'shape': (12,), }", "not-float"),
+        ("__import__('os').mkdir('ran')", "bad-npy-header"),
+    ],
+)
+@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+def test_a_header_is_never_trusted(tmp_path, header, code, method):
+    text = header.encode()
+    blob = b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text)) + text + GOOD.tobytes()
+    assert code_of(zip_of(tmp_path / "x.npz", {"emb.npy": blob}, method)) == code
+
+
+def test_a_bomb_is_refused(tmp_path):
+    np.savez_compressed(tmp_path / "x.npz", emb=np.zeros((1 << 18, 64), np.float32))
+    assert (tmp_path / "x.npz").stat().st_size < 100_000
+    assert code_of(tmp_path / "x.npz") == "bomb"
+
+
+def test_other_compressions_are_refused(tmp_path):
+    assert code_of(zip_of(tmp_path / "x.npz", {"emb.npy": stats.npy_bytes(GOOD)}, zipfile.ZIP_LZMA)) == (
+        "unknown-compression"
+    )
+
+
+def test_what_is_no_file_is_found_without_waiting(tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    write(folder / "03-01-05-01-02-01-12.npz")
+    os.mkfifo(folder / "fifo.npz")
+    (folder / "folder.npz").mkdir()
+    (folder / "dangling.npz").symlink_to("nowhere")
+    (folder / "loop.npz").symlink_to("loop.npz")
+    with socket.socket(socket.AF_UNIX) as server:
+        monkey = os.getcwd()
+        os.chdir(folder)  # a socket's path must be short
+        server.bind("socket.npz")
+        os.chdir(monkey)
+        result = scan(folder, labels=False)
+    assert len(result.records) == 1
+    codes = {finding.file: finding.code for finding in result.findings}
+    assert codes["fifo.npz"] == codes["folder.npz"] == "not-a-file"
+    assert codes["dangling.npz"] == codes["loop.npz"] == codes["socket.npz"] == "unreadable"
+
+
+# --- the folder ---
+
+
+def test_flat_and_nested_layouts_give_the_same_utterances(tmp_path, sample):
+    flat = scan(sample)
+    for record in flat.records:
+        place = tmp_path / "nested" / record.utterance.emotion
+        place.mkdir(parents=True, exist_ok=True)
+        os.link(sample / record.utterance.file, place / record.utterance.file)
+    nested = scan(tmp_path / "nested")
+    assert {r.utterance.speaker for r in flat.records} == {r.utterance.speaker for r in nested.records}
+    assert flat.count("emotion") == nested.count("emotion")
+    assert "flat in the folder" in "\n".join(check_data.summary(flat))
+    assert "in subfolders" in "\n".join(check_data.summary(nested))
+
+
+def test_emotion_folders_label_names_that_say_nothing(tmp_path):
+    for emotion in ("Happy", "sad"):
+        (tmp_path / emotion).mkdir()
+        write(tmp_path / emotion / "001.npz")
+    result = scan(tmp_path)
+    assert [(r.utterance.emotion, r.utterance.speaker) for r in result.records] == [("happy", None), ("sad", None)]
+    assert "emotion-named folders (2)" in "\n".join(check_data.summary(result))
+
+
+def test_a_name_and_a_folder_that_disagree_are_a_finding(tmp_path):
+    (tmp_path / "sad").mkdir()
+    write(tmp_path / "sad" / "03-01-05-01-02-01-12.npz")
+    assert [finding.code for finding in scan(tmp_path).findings] == ["label-conflict"]
+
+
+def test_a_bad_file_spoils_no_good_one(sample):
+    good = scan(sample)
+    (sample / "aaa.npz").write_bytes(b"not a zip")
+    write(sample / "nobody.npz")
+    both = scan(sample)
+    assert both.records == good.records
+    assert both.left_out() == {"unknown-name": 2}
+    assert both.fingerprint() == good.fingerprint()
+
+
+def test_hidden_files_and_results_of_runs_are_passed_over(sample):
+    (sample / "._03-01-05-01-02-01-12.npz").write_bytes(b"mac")
+    (sample / ".tmp").mkdir()
+    write(sample / ".tmp" / "x.npz")
+    (sample / "run").mkdir()
+    for name in ("model.npz", "config.json", "metrics.json"):
+        (sample / "run" / name).write_bytes(b"")
+    result = scan(sample)
+    assert (len(result.records), result.findings, result.hidden) == (112, [], 5)
+
+
+def test_a_folder_that_links_back_is_read_once(sample):
+    (sample / "loop").symlink_to(sample, target_is_directory=True)
+    assert len(scan(sample).records) == 112
+
+
+@pytest.mark.parametrize("name", ["a\nb", "$(touch ran)", "-rf", "\x1b[31mred", "\udcff", 'quo"te', "sp ace"])
+def test_a_hostile_name_cannot_forge_a_line(tmp_path, name):
+    write(tmp_path / f"{name}.npz")
+    result = scan(tmp_path)
+    (line,) = check_data.findings_report(result)
+    assert "\n" not in line
+    assert "\x1b" not in line
+    assert line.isprintable()
+    assert "unknown-name" in line
+
+
+# --- widths ---
+
+
+def named(folder, number, **arrays):
+    return write(folder / f"03-01-05-01-01-01-{number + 1:02d}.npz", **arrays)
+
+
+def numbers(*shape, seed=0):
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def test_flat_sequences_are_reshaped_when_the_set_tells_the_width(tmp_path):
+    frames = [numbers(3 + k, 8, seed=k) for k in range(4)]
+    for k, array in enumerate(frames):
+        named(tmp_path, k, emb=array if k == 0 else array.reshape(-1))
+    result = scan(tmp_path, keep_features=True)
+    assert (result.dim, result.reshaped, result.findings) == (8, 3, [])
+    for kept, array in zip(result.features, [frames[0], *frames[1:]]):
+        np.testing.assert_array_equal(kept, array)
+
+
+def test_flat_sequences_are_reshaped_when_statistics_or_option_tell_the_width(tmp_path):
+    for k in range(3):
+        named(tmp_path, k, emb=numbers(8 * (2 + k), seed=k))
+    assert scan(tmp_path, dim=8).reshaped == 3
+    stats.save(tmp_path, stats.Moments.of(numbers(9, 8)).statistics(), "print")
+    assert [len(frames) for frames in scan(tmp_path, keep_features=True).features] == [2, 3, 4]
+
+
+def test_vectors_of_another_width_are_left_out_even_if_it_is_a_multiple(tmp_path):
+    for k in range(5):
+        named(tmp_path, k, emb=numbers(8 if k else 16, seed=k))
+    result = scan(tmp_path)
+    assert result.dim == 8
+    assert result.left_out() == {"other-width": 1}
+
+
+def test_a_tie_of_widths_asks(tmp_path):
+    for k in range(4):
+        named(tmp_path, k, emb=numbers(8 if k % 2 else 12, seed=k))
+    with pytest.raises(check_data.UsageError, match="8 and 12; choose one with --dim"):
+        scan(tmp_path)
+    assert len(scan(tmp_path, dim=12).records) == 2
+
+
+def test_statistics_of_another_width_are_refused_with_both_numbers(tmp_path):
+    named(tmp_path, 0, emb=numbers(8))
+    stats.save(tmp_path, stats.Moments.of(numbers(9, 5)).statistics(), "print")
+    with pytest.raises(stats.DataError, match=r"has 5 numbers and the files have shape \(8,\)"):
+        scan(tmp_path)
+
+
+# --- the program ---
+
+
+def run(*arguments):
+    return subprocess.run(
+        [sys.executable, ROOT / "check_data.py", *map(str, arguments)], capture_output=True, text=True, check=False
+    )
+
+
+def test_a_good_folder_exits_0_and_tells_what_is_in_it(sample):
+    done = run(sample)
+    assert (done.returncode, done.stderr) == (0, "")
+    for told in ("112 NPZ files, 112 usable", "ravdess 64", "cremad 48", "happy 16", "8, 12 to 16", "24 numbers wide"):
+        assert told in done.stdout
+    assert "none here; train.py will compute them" in done.stdout
+    assert f"python train.py {sample}" in done.stdout
+
+
+def test_a_folder_with_findings_exits_1_and_lists_them_sorted(sample):
+    for number in range(25):
+        (sample / f"z{number:02d}.npz").write_bytes(b"")
+    (sample / "03-01-05-01-02-01-20.npz").write_bytes(b"")
+    done = run(sample)
+    lines = done.stdout.splitlines()
+    assert done.returncode == 1
+    assert lines[0].startswith("03-01-05-01-02-01-20.npz: empty has no bytes; extract")
+    assert sum("unknown-name" in line for line in lines) == 21
+    assert "... and 5 more unknown-name (--all)" in lines
+    assert "112 usable, 26 left out" in done.stdout
+    assert sum("unknown-name" in line for line in run("--all", sample).stdout.splitlines()) == 25
+
+
+@pytest.mark.parametrize(
+    ("make", "told"),
+    [
+        (lambda place: None, "no such folder"),
+        (lambda place: place.write_text(""), "is a file"),
+        (lambda place: place.mkdir(), "the folder is empty"),
+        (lambda place: (place.mkdir(), (place / "a.wav").write_text("")), "1 .wav files: extract embeddings first"),
+    ],
+)
+def test_nothing_to_work_on_exits_2_with_what_was_found(tmp_path, make, told):
+    make(tmp_path / "data")
+    done = run(tmp_path / "data")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert told in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_the_usual_other_places_are_suggested(tmp_path):
+    (tmp_path / "models" / "wav2vec").mkdir(parents=True)
+    write(tmp_path / "models" / "wav2vec" / "x.npz")
+    assert "models/wav2vec" in run(tmp_path / "data").stderr
+    (tmp_path / "data").mkdir()
+    assert "models/wav2vec" in run(tmp_path / "data").stderr
+
+
+def test_one_emotion_is_not_ready(tmp_path):
+    for k in range(12):
+        named(tmp_path, k, emb=numbers(8, seed=k))
+    done = run(tmp_path)
+    assert done.returncode == 1
+    assert "NOT READY    all files have one emotion (angry)" in done.stdout
+
+
+def test_jax_is_never_imported(sample):
+    code = "import sys; sys.modules['jax'] = None; import check_data; sys.exit(check_data.main([sys.argv[1]]))"
+    done = subprocess.run([sys.executable, "-c", code, sample], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_every_code_has_a_remedy_and_is_in_the_readme():
+    source = "".join((ROOT / name).read_text() for name in ("check_data.py", "stats.py"))
+    readme = (ROOT / "README.md").read_text()
+    for code in check_data.REMEDIES:
+        assert f'"{code}"' in source.replace(f'"{code}":', "")
+        assert f"`{code}`" in readme

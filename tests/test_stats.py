@@ -1,0 +1,221 @@
+import json
+import os
+import struct
+
+import numpy as np
+import pytest
+
+import stats
+
+
+def fresh(seed=0, shape=(40, 5)):
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def some_statistics(dim=5):
+    return stats.Moments.of(fresh(shape=(40, dim))).statistics()
+
+
+# --- moments ---
+
+
+def test_merged_moments_are_those_of_all_frames_together():
+    frames = fresh(shape=(100, 3))
+    parts = [stats.Moments.of(part) for part in (frames[:1], frames[1:30], frames[30:])]
+    merged, whole = stats.Moments.stack(parts).merged(), stats.Moments.of(frames)
+    assert merged.count == 100
+    np.testing.assert_allclose(merged.mean, whole.mean, rtol=0, atol=1e-12)
+    np.testing.assert_allclose(merged.m2, whole.m2, rtol=1e-12)
+
+
+def test_merging_a_part_ignores_the_rest():
+    frames = fresh(shape=(9, 3))
+    stacked = stats.Moments.stack([stats.Moments.of(frames[i : i + 3]) for i in (0, 3, 6)])
+    np.testing.assert_allclose(
+        stacked.merged(np.array([True, False, True])).mean, np.delete(frames, slice(3, 6), 0).mean(0), atol=1e-6
+    )
+
+
+def test_a_variance_that_is_small_beside_the_mean_survives():
+    values = np.random.default_rng(1).normal(1e4, 0.1, (5000, 1))
+    frames = values.astype(np.float32)
+    merged = stats.Moments.stack([stats.Moments.of(part) for part in np.array_split(frames, 50)]).merged()
+    assert merged.statistics().std == pytest.approx(frames.astype(np.float64).std(), rel=1e-6)
+
+
+def test_a_constant_dimension_is_not_scaled():
+    frames = fresh()
+    frames[:, 2] = 0.1
+    statistics = stats.Moments.of(frames).statistics()
+    assert statistics.constant().tolist() == [False, False, True, False, False]
+    assert statistics.scale()[2] == 1
+    np.testing.assert_array_equal(statistics.scale()[[0, 1, 3, 4]], statistics.std[[0, 1, 3, 4]])
+
+
+def test_features_of_a_tiny_scale_are_not_taken_for_constant():
+    assert not stats.Moments.of(fresh() * 1e-7).statistics().constant().any()
+
+
+# --- the files ---
+
+
+def test_saved_statistics_are_known_as_ours(tmp_path):
+    saved = some_statistics()
+    stats.save(tmp_path, saved, "print")
+    stored = stats.load(tmp_path)
+    assert (stored.supplied, stored.fingerprint) == (False, "print")
+    np.testing.assert_array_equal(stored.statistics.mean, saved.mean)
+    np.testing.assert_array_equal(stored.statistics.std, saved.std)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
+        [stats.MEAN_FILE, stats.STD_FILE, stats.BINDING_FILE]
+    )
+
+
+def test_a_pair_without_our_json_is_the_users(tmp_path):
+    np.save(tmp_path / stats.MEAN_FILE, np.zeros(3))
+    np.save(tmp_path / stats.STD_FILE, np.ones(3))
+    assert stats.load(tmp_path).supplied
+
+
+def test_a_pair_that_replaced_ours_is_the_users(tmp_path):
+    stats.save(tmp_path, some_statistics(), "print")
+    np.save(tmp_path / stats.MEAN_FILE, np.zeros(3))
+    np.save(tmp_path / stats.STD_FILE, np.ones(3))
+    assert stats.load(tmp_path).supplied
+
+
+def test_no_statistics(tmp_path):
+    assert stats.load(tmp_path) is None
+
+
+@pytest.mark.parametrize("calls", range(1, 10))
+def test_saving_that_is_cut_off_leaves_old_new_or_nothing_but_never_a_users_pair(tmp_path, monkeypatch, calls):
+    """Every fsync and every rename of `save` fails in turn, over an older pair."""
+    old, new = some_statistics(), stats.Moments.of(fresh(7)).statistics()
+    stats.save(tmp_path, old, "old")
+    count = 0
+
+    def dying(real):
+        def call(*arguments, **options):
+            nonlocal count
+            count += 1
+            if count == calls:
+                raise OSError(28, "No space left on device")
+            return real(*arguments, **options)
+
+        return call
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", dying(os.replace))
+        patch.setattr(os, "fsync", dying(os.fsync))
+        with pytest.raises(OSError, match="No space"):
+            stats.save(tmp_path, new, "new")
+    stored = stats.load(tmp_path)
+    if stored is not None:
+        assert not stored.supplied
+        expected = {"old": old, "new": new}[stored.fingerprint]
+        np.testing.assert_array_equal(stored.statistics.mean, expected.mean)
+        np.testing.assert_array_equal(stored.statistics.std, expected.std)
+    assert not [path for path in tmp_path.iterdir() if path.name.endswith(".tmp")]
+
+
+def raw_npy(header, data=b""):
+    text = header.encode() + b"\n"
+    return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text)) + text + data
+
+
+@pytest.mark.parametrize(
+    ("mean", "std", "told"),
+    [
+        (np.zeros(3), None, "is not; add it"),
+        (np.zeros(3), np.ones(4), "3 numbers .* has 4"),
+        (np.zeros((1, 3)), np.ones(3), r"shape \(1, 3\)"),
+        (np.zeros(()), np.ones(3), r"shape \(\)"),
+        (np.array([0, np.nan, 0]), np.ones(3), "1 values that are NaN"),
+        (np.array([0, 1e300, 0]), np.ones(3), "1 values that are NaN or Inf"),
+        (np.zeros(3), np.array([1, -1, 1.0]), "1 negative"),
+        (np.zeros(3, int), np.ones(3), "int64 numbers"),
+        (np.array([{}], object), np.ones(3), "pickled"),
+        (b"", np.ones(3), "does not begin like an array"),
+        (raw_npy("{'descr': '<f4', 'fortran_order': False, 'shape': (1000000000000,)}"), np.ones(3), "needs 4000000"),
+        (raw_npy("{'descr': '<f4', 'fortran_order': False, 'shape': (-1,)}"), np.ones(3), "header is damaged"),
+        (raw_npy("[" * 5000), np.ones(3), "header is damaged"),
+    ],
+)
+def test_statistics_that_cannot_be_used_are_refused(tmp_path, mean, std, told):
+    for name, content in ((stats.MEAN_FILE, mean), (stats.STD_FILE, std)):
+        if isinstance(content, bytes):
+            (tmp_path / name).write_bytes(content)
+        elif content is not None:
+            np.save(tmp_path / name, content)
+    with pytest.raises(stats.DataError, match=told) as error:
+        stats.load(tmp_path)
+    assert error.value.code == "bad-statistics"
+
+
+def test_a_damaged_json_is_named(tmp_path):
+    stats.save(tmp_path, some_statistics(), "print")
+    (tmp_path / stats.BINDING_FILE).write_text(json.dumps(["nonsense"]))
+    with pytest.raises(stats.DataError, match="wav2vec_stats.json is damaged"):
+        stats.load(tmp_path)
+
+
+def test_a_failing_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
+    target = tmp_path / "file"
+    stats.write_atomic(target, b"old")
+
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        stats.write_atomic(target, b"new")
+    assert target.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_json_has_null_for_what_is_no_number():
+    content = {"a": float("nan"), "b": [float("inf"), 1.0], "c": {"d": "text"}}
+    assert json.loads(stats.json_bytes(content)) == {"a": None, "b": [None, 1.0], "c": {"d": "text"}}
+
+
+def test_csv_keeps_a_hostile_name_on_its_own_line():
+    rows = [{"file": 'a\n"b",c.npz', "code": "x"}, {"file": "\udcff.npz", "code": "y"}]
+    text = stats.csv_bytes(rows).decode()
+    assert text == 'file,code\n"a\n""b"",c.npz",x\n\\udcff.npz,y\n'
+    assert stats.csv_bytes([], ("file", "code")) == b"file,code\n"
+
+
+# --- scores ---
+
+
+def test_scores_of_a_confusion_made_by_hand():
+    label = np.array([0, 0, 0, 0, 1, 1, 2, 2])
+    predicted = np.array([0, 0, 0, 1, 1, 0, 2, 2])
+    confusion = stats.confusion_matrix(label, predicted, 3)
+    assert confusion.tolist() == [[3, 1, 0], [1, 1, 0], [0, 0, 2]]
+    scores = stats.scores(confusion)
+    assert scores["wa"] == pytest.approx(6 / 8)
+    assert scores["ua"] == pytest.approx((3 / 4 + 1 / 2 + 1) / 3)
+    assert scores["macro_f1"] == pytest.approx((6 / 8 + 2 / 4 + 1) / 3)
+
+
+def test_a_class_without_utterances_is_left_out_of_the_means():
+    scores = stats.scores(np.array([[2, 0, 0], [0, 1, 1], [0, 0, 0]]))
+    assert scores["ua"] == pytest.approx((1 + 1 / 2) / 2)
+
+
+def test_intervals_are_over_speakers_not_utterances():
+    """Half of the speakers are all right and half all wrong: resampled utterances would give a narrow interval."""
+    right, wrong = np.array([[50, 0], [0, 50]]), np.array([[0, 50], [50, 0]])
+    intervals = stats.speaker_intervals(np.stack([right, wrong] * 4), seed=0)
+    low, high = intervals["ua"]
+    assert low <= 0.25
+    assert high >= 0.75
+    assert stats.speaker_intervals(np.stack([right] * 8), seed=0)["wa"] == (1, 1)
+
+
+def test_probabilities_sum_to_one_for_huge_logits():
+    p = stats.probabilities(np.array([[1e4, 0, -1e4], [1, 1, 1]]))
+    np.testing.assert_allclose(p.sum(-1), 1)
+    np.testing.assert_allclose(p[1], 1 / 3)
