@@ -341,7 +341,6 @@ REMEDIES = {
     "constant": "extract its features again",
     "unknown-name": "rename it after its corpus, or put it into a folder named after its emotion",
     "label-conflict": "find out which is right, then rename the file or move it",
-    "no-speaker": "name the file after its corpus, so that its speaker is known",
     "other-width": "extract all features with one encoder, or choose with --dim",
 }
 

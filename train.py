@@ -42,6 +42,7 @@ import stats
 log = logging.getLogger("train")
 
 EPOCHS_A_CALL = 4  # the host looks at the figures, prints and decides between calls
+STEPS_AN_EPOCH = 16  # at least, for sets so small that whole batches would leave too few updates
 BAD_STEPS_END = 5  # steps in a row with a loss or gradient that is not finite
 
 
@@ -66,7 +67,7 @@ class Config:
     seed: int = _option(0, "seed of everything that is random")
     epochs: int = _option(40, "most epochs to train")
     patience: int = _option(10, "epochs without a better validation loss after which a fold stops")
-    batch: int = _option(64, "utterances in a batch")
+    batch: int = _option(64, "most utterances in a batch; small sets get smaller ones, for 16 batches an epoch")
     width: int = _option(256, "units of the hidden layer")
     dropout: float = _option(0.5, "share of hidden units dropped while training")
     learning_rate: float = _option(1e-3, "peak learning rate of AdamW; a cosine takes it to zero")
@@ -248,7 +249,7 @@ def make_plan(dataset: Dataset, config: Config) -> Plan:
         If the folds that were asked for cannot be made from these speakers.
     """
     speaker, independent, notes = _speakers(dataset.utterances)
-    if config.folds not in ("2", "3", "4") and not config.folds.isdecimal() and not independent:
+    if not config.folds.isdecimal() and not independent:
         raise check_data.UsageError(f"--folds {config.folds} needs names that tell their speakers; use --folds 5")
     fold, more = _test_folds(config.folds, speaker, dataset.label, config.seed)
     notes = notes + more
@@ -449,6 +450,7 @@ class Task(NamedTuple):
     config: Config
     network: Any
     classes: int
+    batch: int
     steps: int  # batches in the longest epoch of any member
 
 
@@ -543,7 +545,7 @@ def member_epoch(
     task: Task, root: Any, x: Any, label: Any, epoch: Any, member: Member, state: State
 ) -> tuple[State, dict]:
     """One epoch of one member over its training utterances in a fresh random order, then its validation."""
-    size, utterances = task.config.batch, len(label)
+    size, utterances = task.batch, len(label)
     key = jax.random.fold_in(jax.random.fold_in(root, member.number), epoch)
     order = jnp.argsort(jax.random.uniform(key, (utterances,)) + jnp.where(member.train, 0.0, 2.0))
     count = member.train.sum()
@@ -579,7 +581,7 @@ def validate(task: Task, x: Any, label: Any, member: Member, params: Any) -> tup
         right = jnp.where(logits.argmax(-1) == label[chosen], 1.0, 0.0)
         return total + jnp.stack([true.sum(0), loss @ true, right @ true]), None
 
-    blocks = member.validation.reshape(-1, task.config.batch)
+    blocks = member.validation.reshape(-1, task.batch)
     count, loss, right = jax.lax.scan(add, jnp.zeros((3, task.classes)), blocks)[0]
     present = (count > 0).sum()
     return (loss / jnp.maximum(count, 1)).sum() / present, (right / jnp.maximum(count, 1)).sum() / present
@@ -644,9 +646,16 @@ class Trained(NamedTuple):
     history: list[dict]
 
 
-def stack_members(dataset: Dataset, plan: Plan, stored: stats.Stored, config: Config) -> Member:
+def make_task(dataset: Dataset, plan: Plan, config: Config) -> Task:
+    longest = int(plan.train.sum(1).max())
+    batch = min(config.batch, max(longest // STEPS_AN_EPOCH, 2))
+    classes = len(dataset.classes)
+    return Task(config, build_network(config, classes), classes, batch, -(-longest // batch))
+
+
+def stack_members(dataset: Dataset, plan: Plan, stored: stats.Stored, batch: int) -> Member:
     mean, scale = member_statistics(dataset, plan, stored)
-    longest = -(-int(plan.validation.sum(1).max()) // config.batch) * config.batch
+    longest = -(-int(plan.validation.sum(1).max()) // batch) * batch
     validation = np.full((len(plan.train), longest), -1, np.int32)
     for row, mask in zip(validation, plan.validation):
         row[: mask.sum()] = np.flatnonzero(mask)
@@ -662,10 +671,9 @@ def train(dataset: Dataset, plan: Plan, stored: stats.Stored, config: Config) ->
     TrainingError
         If the steps of a member are not finite five times in a row.
     """
-    network = build_network(config, len(dataset.classes))
-    task = Task(config, network, len(dataset.classes), -(-int(plan.train.sum(1).max()) // config.batch))
+    task = make_task(dataset, plan, config)
     members, x, label, root = jax.device_put(
-        (stack_members(dataset, plan, stored, config), dataset.x, dataset.label, jax.random.key(config.seed))
+        (stack_members(dataset, plan, stored, task.batch), dataset.x, dataset.label, jax.random.key(config.seed))
     )
     state = jax.jit(jax.vmap(functools.partial(init_member, task, root)))(members)
     program = jax.jit(functools.partial(population_epochs, task), donate_argnums=4)
@@ -678,7 +686,7 @@ def train(dataset: Dataset, plan: Plan, stored: stats.Stored, config: Config) ->
         _say_progress(history, active, len(plan.train), config.epochs, time.perf_counter() - started)
         if not active:
             break
-    logits = jax.jit(functools.partial(all_logits, network))(state.best, members.mean, members.scale, x)
+    logits = jax.jit(functools.partial(all_logits, task.network))(state.best, members.mean, members.scale, x)
     averaged = np.asarray(logits, np.float64).reshape(plan.folds + 1, config.seeds, *logits.shape[1:]).mean(1)
     return Trained(
         jax.device_get(state.best), averaged, np.asarray(state.best_epoch), np.asarray(state.skipped), history
@@ -977,11 +985,22 @@ def _say_plan(plan: Plan, seeds: int) -> None:
 
 
 def run_training(config: Config) -> int:
-    started = time.perf_counter()
     run = Path(config.out or Path("runs") / (Path(config.directory).resolve().name or "data"))
     check_data.folder(config.directory)
     run.mkdir(parents=True, exist_ok=True)
-    log.addHandler(logging.FileHandler(run / "train.log", "w", encoding="utf-8"))
+    file_log = logging.FileHandler(run / "train.log", "w", encoding="utf-8", errors="backslashreplace")
+    log.addHandler(file_log)
+    try:
+        console = _scan_train_report(config, run)
+        file_log.stream.write(console.export_text())
+    finally:
+        log.removeHandler(file_log)
+        file_log.close()
+    return 0
+
+
+def _scan_train_report(config: Config, run: Path) -> Console:
+    started = time.perf_counter()
     device = start_jax()
     log.info(f"device: {device}")
     given = {name: value for name, value in dataclasses.asdict(config).items() if value not in (None, False)}
@@ -1002,10 +1021,7 @@ def run_training(config: Config) -> int:
     metrics |= {"left_out": scan.left_out(), "device": device, "versions": _versions()}
     metrics |= {"seconds": round(time.perf_counter() - started, 1)}
     save_run(run, scan, dataset, plan, trained, stored, metrics, probability, config)
-    console = report(metrics, run)
-    with open(run / "train.log", "a", encoding="utf-8") as file:
-        file.write(console.export_text())
-    return 0
+    return report(metrics, run)
 
 
 def _versions() -> dict[str, str]:
@@ -1053,7 +1069,7 @@ def run_prediction(config: Config) -> int:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    logging.raiseExceptions = False
+    logging.raiseExceptions = False  # a closed stderr must not fill the screen with tracebacks
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     log.setLevel(logging.INFO)
     try:

@@ -156,7 +156,7 @@ def test_statistics_that_cannot_be_used_are_refused(tmp_path, mean, std, told):
 def test_a_damaged_json_is_named(tmp_path):
     stats.save(tmp_path, some_statistics(), "print")
     (tmp_path / stats.BINDING_FILE).write_text(json.dumps(["nonsense"]))
-    with pytest.raises(stats.DataError, match="wav2vec_stats.json is damaged"):
+    with pytest.raises(stats.DataError, match=r"wav2vec_stats\.json is damaged"):
         stats.load(tmp_path)
 
 

@@ -1,0 +1,584 @@
+import csv
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from make_sample import write_sample
+
+import check_data
+import emotions
+import stats
+import train
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = train.Config("DIR", width=8, epochs=4, seeds=2, folds="3", batch=32)
+
+
+def dataset_of(folder, **changes):
+    return train.pack(check_data.scan(folder, keep_features=True))._replace(**changes)
+
+
+def ours(dataset):
+    return stats.Stored(dataset.moments.merged().statistics(), False, "print")
+
+
+def utterance(speaker, emotion="happy", corpus="ravdess", file="x"):
+    return emotions.Utterance(file, corpus, emotion, speaker)
+
+
+def bare_dataset(speakers, labels, corpus="ravdess"):
+    """Utterances without features, for everything that is decided by speaker and label."""
+    classes = ("happy", "sad", "angry")
+    utterances = [utterance(s, classes[c], corpus, f"{n:04d}") for n, (s, c) in enumerate(zip(speakers, labels))]
+    return train.Dataset(np.zeros((len(labels), 2)), np.ones(len(labels)), np.array(labels), classes, utterances, None)
+
+
+def many_speakers(count, each=9):
+    return bare_dataset(
+        [f"ravdess:{n:02d}" for n in range(1, count + 1) for _ in range(each)], [0, 1, 2] * (count * each // 3)
+    )
+
+
+def sides(plan, seeds):
+    for member, (training, validation) in enumerate(zip(plan.train, plan.validation)):
+        yield training, validation, plan.fold == member // seeds
+
+
+# --- options ---
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("seeds", 0),
+        ("epochs", 0),
+        ("learning_rate", -1.0),
+        ("learning_rate", float("nan")),
+        ("dropout", 1.0),
+        ("dim", 0),
+    ],
+)
+def test_impossible_options_are_refused_by_name(option, value):
+    with pytest.raises(check_data.UsageError, match=f"--{option.replace('_', '-')} must be"):
+        dataclasses.replace(SMALL, **{option: value})
+
+
+def test_the_command_line_has_every_option_with_its_type():
+    config = train.parse_config(["D", "--dropout", "0.25", "--seeds", "3", "--dim", "7", "--recompute-stats"])
+    assert config == train.Config("D", dropout=0.25, seeds=3, dim=7, recompute_stats=True)
+
+
+def test_help_answers_without_jax():
+    code = "import sys; sys.modules['jax'] = None; import train; train.main(['--help'])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "--learning-rate" in done.stdout
+
+
+def test_the_readme_names_every_option():
+    readme = (ROOT / "README.md").read_text()
+    for field in dataclasses.fields(train.Config)[1:]:
+        assert f"`--{field.name.replace('_', '-')}" in readme
+
+
+# --- who trains whom ---
+
+
+@pytest.mark.parametrize("folds", ["2", "5", "leave-one-speaker-out", "emobox-ravdess", "luna-ravdess"])
+@pytest.mark.parametrize("seeds", [1, 2, 5, 7])
+def test_no_speaker_is_on_two_sides(folds, seeds):
+    plan = train.make_plan(many_speakers(24), dataclasses.replace(SMALL, folds=folds, seeds=seeds))
+    assert plan.train.shape == (seeds * (plan.folds + 1), 24 * 9)
+    for training, validation, tested in sides(plan, seeds):
+        parts = [set(plan.speaker[part]) for part in (training, validation, tested)]
+        assert not parts[0] & parts[1]
+        assert not (parts[0] | parts[1]) & parts[2]
+        assert parts[0] | parts[1] | parts[2] == set(plan.speaker)
+        assert parts[0]
+        assert parts[1]
+
+
+def test_every_speaker_is_tested_once_and_the_final_model_tests_nobody():
+    plan = train.make_plan(many_speakers(10), SMALL)
+    assert set(plan.fold) == {0, 1, 2}
+    final = list(sides(plan, SMALL.seeds))[-SMALL.seeds :]
+    assert not any(tested.any() for _, _, tested in final)
+
+
+def test_the_seeds_of_a_fold_train_on_all_its_speakers_together():
+    config = dataclasses.replace(SMALL, seeds=5)
+    plan = train.make_plan(many_speakers(10), config)
+    for fold in range(4):
+        members = range(fold * 5, fold * 5 + 5)
+        assert (plan.train[members].any(0) == (plan.fold != fold)).all()
+        assert (plan.validation[members].sum(0) == (plan.fold != fold)).all()
+
+
+@pytest.mark.parametrize("broken", ["train", "validation"])
+def test_a_leaking_plan_is_caught(broken):
+    plan = train.make_plan(many_speakers(6), SMALL)
+    train.check_disjoint(plan)
+    leak = getattr(plan, broken).copy()
+    leak[0, np.flatnonzero(plan.fold == 0)[0]] = True
+    with pytest.raises(RuntimeError, match="two sides"):
+        train.check_disjoint(plan._replace(**{broken: leak}))
+
+
+def test_a_speaker_split_between_training_and_test_is_caught():
+    plan = train.make_plan(many_speakers(6), SMALL)
+    moved = plan.fold.copy()
+    moved[np.flatnonzero(plan.fold == 0)[0]] = 1
+    leak = plan.train.copy()
+    leak[: SMALL.seeds] = (moved != 0) & ~plan.validation[: SMALL.seeds]
+    with pytest.raises(RuntimeError, match="a speaker is on two sides"):
+        train.check_disjoint(plan._replace(fold=moved, train=leak))
+
+
+def test_blocks_keep_groups_together_and_classes_balanced():
+    random = np.random.default_rng(0)
+    group = np.repeat(np.arange(30), random.integers(4, 40, 30))
+    label = random.integers(0, 4, len(group))
+    block = train.balanced_blocks(group, label, 5, seed=0)
+    assert all(len(set(block[group == g])) == 1 for g in range(30))
+    counts = np.zeros((5, 4))
+    np.add.at(counts, (block, label), 1)
+    assert (np.abs(counts / counts.mean(0) - 1) < 0.15).all()
+
+
+def test_no_block_is_empty_while_there_are_groups():
+    group = np.arange(5)
+    assert sorted(train.balanced_blocks(group, np.array([0, 1, 2, 3, 4]), 5, seed=0)) == [0, 1, 2, 3, 4]
+
+
+def test_the_official_blocks_are_the_test_folds():
+    plan = train.make_plan(many_speakers(24), dataclasses.replace(SMALL, folds="luna-ravdess"))
+    for fold, block in enumerate(emotions.SCHEMES["luna-ravdess"].test):
+        assert set(plan.speaker[plan.fold == fold]) == set(block)
+
+
+def test_the_next_block_validates_where_the_source_says_so():
+    speakers = [f"cremad:{actor}" for actor in range(1001, 1092)]
+    plan = train.make_plan(
+        bare_dataset(speakers * 3, [0] * 91 + [1] * 91 + [2] * 91, "cremad"),
+        dataclasses.replace(SMALL, folds="emosuperb-cremad"),
+    )
+    blocks = emotions.SCHEMES["emosuperb-cremad"].test
+    for member in range(5 * SMALL.seeds):
+        fold = member // SMALL.seeds
+        assert set(plan.speaker[plan.validation[member]]) == set(blocks[(fold + 1) % 5])
+
+
+def test_an_official_scheme_refuses_strangers_and_notes_who_is_missing():
+    config = dataclasses.replace(SMALL, folds="emobox-ravdess")
+    with pytest.raises(check_data.UsageError, match="knows no speaker ravdess:25"):
+        train.make_plan(many_speakers(25), config)
+    assert "4 speakers of emobox-ravdess are not here" in train.make_plan(many_speakers(20), config).notes[0]
+
+
+@pytest.mark.parametrize("folds", ["1", "0", "-3", "five", "emobox-cremad"])
+def test_folds_that_mean_nothing_are_refused(folds):
+    with pytest.raises(check_data.UsageError, match="--folds"):
+        train.make_plan(many_speakers(6), dataclasses.replace(SMALL, folds=folds))
+
+
+def test_fewer_speakers_than_folds_are_said():
+    plan = train.make_plan(many_speakers(3), dataclasses.replace(SMALL, folds="5"))
+    assert (plan.folds, plan.notes) == (3, ["3 speakers allow 3 folds, not 5"])
+
+
+def test_two_speakers_are_tested_apart_but_validated_together():
+    plan = train.make_plan(many_speakers(2, 30), SMALL)
+    assert (plan.folds, plan.independent) == (2, True)
+    assert any("validation takes a part of the same speaker" in note for note in plan.notes)
+
+
+@pytest.mark.parametrize("speaker", [None, "ravdess:01"])
+def test_names_without_two_speakers_are_never_called_independent(speaker):
+    plan = train.make_plan(bare_dataset([speaker] * 30, [0, 1, 2] * 10), SMALL)
+    assert not plan.independent
+    assert "NOT speaker-independent" in plan.notes[0]
+    with pytest.raises(check_data.UsageError, match="needs names that tell their speakers"):
+        train.make_plan(
+            bare_dataset([speaker] * 30, [0, 1, 2] * 10), dataclasses.replace(SMALL, folds="leave-one-speaker-out")
+        )
+
+
+def test_files_without_a_speaker_stay_together_beside_known_speakers():
+    speakers = [f"ravdess:{n:02d}" for n in range(5) for _ in range(6)] + [None] * 6
+    plan = train.make_plan(bare_dataset(speakers, [0, 1, 2] * 12), SMALL)
+    assert plan.independent
+    assert len(set(plan.fold[-6:])) == 1
+
+
+# --- numbers that must not leak ---
+
+
+def test_the_statistics_of_a_fold_know_its_training_speakers_only(sample):
+    dataset = dataset_of(sample)
+    plan = train.make_plan(dataset, SMALL)
+    mean, scale = train.member_statistics(dataset, plan, ours(dataset))
+    for member in range(plan.folds * SMALL.seeds):
+        expected = stats.Moments.of(dataset.x[plan.train[member]]).statistics()
+        np.testing.assert_allclose(mean[member], expected.mean, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(scale[member], expected.scale(), rtol=1e-5)
+    np.testing.assert_array_equal(mean[-1], ours(dataset).statistics.mean)
+
+
+def test_the_statistics_of_frames_weigh_every_frame_alike(tmp_path):
+    folder = write_sample(tmp_path / "data", actors=3, dim=6, frames=True)
+    scan = check_data.scan(folder, keep_features=True)
+    frames = np.concatenate(scan.features)
+    np.testing.assert_allclose(ours(train.pack(scan)).statistics.mean, frames.mean(0), atol=1e-5)
+    np.testing.assert_allclose(ours(dataset_of(folder)).statistics.std, frames.astype(np.float64).std(0), rtol=1e-5)
+
+
+def test_statistics_of_the_user_apply_everywhere(sample):
+    dataset = dataset_of(sample)
+    plan = train.make_plan(dataset, SMALL)
+    own = stats.Statistics(np.full(24, 3, np.float32), np.full(24, 2, np.float32))
+    mean, scale = train.member_statistics(dataset, plan, stats.Stored(own, True, None))
+    assert (mean == 3).all()
+    assert (scale == 2).all()
+
+
+def test_class_weights_make_classes_count_alike():
+    label = np.array([0, 0, 0, 1, 2])
+    weight = train.class_weights(label, np.array([[True] * 5, [True, True, False, True, False]]), 3)
+    np.testing.assert_allclose(weight[0], [5 / 9, 5 / 3, 5 / 3])
+    np.testing.assert_allclose(weight[1], [3 / 4, 3 / 2, 0])
+
+
+# --- the training program ---
+
+
+@pytest.fixture(scope="module")
+def setting(tmp_path_factory, jax_stack):
+    """A compiled-and-run-by-hand population: task, inputs, first state, and the program."""
+    folder = write_sample(tmp_path_factory.mktemp("setting") / "data", actors=4, dim=24)
+    dataset = dataset_of(folder)
+    plan = train.make_plan(dataset, SMALL)
+    task = train.make_task(dataset, plan, SMALL)
+    members = train.stack_members(dataset, plan, ours(dataset), task.batch)
+    return Setting(task, dataset, members, jax_stack)
+
+
+class Setting:
+    def __init__(self, task, dataset, members, jax):
+        self.task, self.dataset, self.members, self.jax = task, dataset, members, jax
+        self.root = jax.random.key(0)
+
+    def run(self, members=None, x=None):
+        members = self.members if members is None else members
+        x = self.dataset.x if x is None else x
+        state = self.jax.vmap(lambda member: train.init_member(self.task, self.root, member))(members)
+        label = self.jax.numpy.asarray(self.dataset.label)
+        program = self.jax.jit(lambda m, s, x: train.population_epochs(self.task, self.root, x, label, m, s, 0))
+        after, measures = program(members, state, x)
+        return self.jax.device_get((state, after, measures))
+
+    def of(self, tree, chosen):
+        return self.jax.tree.map(lambda leaf: np.asarray(leaf)[chosen], tree)
+
+    def assert_equal(self, a, b, **tolerance):
+        for left, right in zip(self.jax.tree.leaves(a), self.jax.tree.leaves(b), strict=True):
+            if tolerance:
+                np.testing.assert_allclose(left, right, **tolerance)
+            else:
+                np.testing.assert_array_equal(left, right)
+
+
+@pytest.fixture(scope="module")
+def outcome(setting):
+    return setting.run()
+
+
+def test_a_fold_in_the_population_is_the_fold_alone(setting, outcome):
+    chosen = slice(2, 4)
+    _, alone, _ = setting.run(setting.of(setting.members, chosen))
+    setting.assert_equal(setting.of(outcome[1].params, chosen), alone.params, rtol=0, atol=1e-5)
+
+
+def test_a_poisoned_member_keeps_its_parameters_and_harms_no_other(setting, outcome):
+    mean = setting.members.mean.copy()
+    mean[2] = np.nan
+    first, after, _ = setting.run(setting.members._replace(mean=mean))
+    setting.assert_equal(setting.of(after.params, 2), setting.of(first.params, 2))
+    setting.assert_equal(setting.of(after.opt_state, 2), setting.of(first.opt_state, 2))
+    others = [0, 1, 4, 5, 6, 7]  # 3 is the other seed of its fold
+    setting.assert_equal(setting.of(after.params, others), setting.of(outcome[1].params, others))
+    assert after.skipped[2] == after.worst_run[2] >= train.BAD_STEPS_END
+    assert after.skipped[others].sum() == 0
+
+
+def test_an_overflowed_gradient_is_counted_and_changes_nothing(setting):
+    scale = setting.members.scale.copy()
+    scale[0] = 1e-30
+    _, after, _ = setting.run(setting.members._replace(scale=scale))
+    assert after.skipped[0] > 0
+    assert all(np.isfinite(leaf).all() for leaf in setting.jax.tree.leaves(after.params))
+
+
+def test_padding_changes_no_validation(setting, outcome):
+    padded = np.pad(setting.members.validation, ((0, 0), (0, setting.task.batch)), constant_values=-1)
+    _, _, measures = setting.run(setting.members._replace(validation=padded))
+    np.testing.assert_allclose(measures["validation_loss"], outcome[2]["validation_loss"], rtol=1e-6)
+    np.testing.assert_allclose(measures["validation_ua"], outcome[2]["validation_ua"], rtol=1e-6)
+
+
+def test_what_a_member_does_not_train_on_does_not_touch_it(setting, outcome):
+    """Other features for the test and validation speakers of the first member give it the very same parameters."""
+    x = setting.dataset.x.copy()
+    x[~setting.members.train[0]] = 1e6
+    _, after, _ = setting.run(x=x)
+    setting.assert_equal(setting.of(after.params, 0), setting.of(outcome[1].params, 0))
+
+
+def test_validation_scores_are_those_of_numpy(setting, outcome):
+    """At the last epoch the parameters are at hand: UA and balanced cross-entropy, computed again by hand."""
+    _, after, measures = outcome
+    for member in range(4):
+        params, one = setting.of(after.params, member), setting.of(setting.members, member)
+        chosen = one.validation[one.validation >= 0]
+        hidden = np.maximum(
+            ((setting.dataset.x[chosen] - one.mean) / one.scale) @ params["Dense_0"]["kernel"]
+            + params["Dense_0"]["bias"],
+            0,
+        )
+        p = stats.probabilities(hidden @ params["Dense_1"]["kernel"] + params["Dense_1"]["bias"])
+        label = setting.dataset.label[chosen]
+        confusion = stats.confusion_matrix(label, p.argmax(1), p.shape[1])
+        assert measures["validation_ua"][-1, member] == pytest.approx(stats.scores(confusion)["ua"], abs=1e-5)
+        loss = -np.log(p[np.arange(len(label)), label])
+        balanced = np.mean([loss[label == c].mean() for c in np.unique(label)])
+        assert measures["validation_loss"][-1, member] == pytest.approx(balanced, rel=1e-4)
+
+
+def test_the_best_epoch_is_that_of_the_folds_mean_validation_loss(setting, outcome):
+    _, after, measures = outcome
+    fold_loss = measures["validation_loss"].reshape(4, -1, SMALL.seeds).mean(2)  # (epochs, K + 1)
+    np.testing.assert_array_equal(after.best_epoch, np.repeat(fold_loss.argmin(0), SMALL.seeds))
+
+
+def test_a_run_compiles_its_program_once_and_stops_folds_that_no_longer_improve(setting, monkeypatch):
+    traced, real = [], train.population_epochs
+
+    def counting(*arguments):
+        traced.append(1)
+        return real(*arguments)
+
+    monkeypatch.setattr(train, "population_epochs", counting)
+    config = dataclasses.replace(SMALL, epochs=30, patience=1, learning_rate=0.5)
+    plan = train.make_plan(setting.dataset, config)
+    trained = train.train(setting.dataset, plan, ours(setting.dataset), config)
+    assert len(traced) == 1
+    last = max(row["epoch"] for row in trained.history)
+    assert last < 30
+    for fold in ("1", "2", "3", "final"):
+        epochs = [row["epoch"] for row in trained.history if row["fold"] == fold]
+        member = 2 * (3 if fold == "final" else int(fold) - 1)
+        assert max(epochs) == trained.best_epoch[member] + 1 + config.patience
+
+
+def test_steps_that_are_not_finite_end_the_run(setting):
+    dataset = setting.dataset._replace(x=np.full_like(setting.dataset.x, 3e38))
+    plan = train.make_plan(dataset, SMALL)
+    with pytest.raises(train.TrainingError, match=r"NaN or Inf in \d+ steps in a row"):
+        train.train(dataset, plan, ours(setting.dataset), SMALL)
+
+
+def test_shuffled_labels_give_chance(setting):
+    config = dataclasses.replace(SMALL, epochs=12, width=32, learning_rate=0.01)
+    uas = []
+    for seed in range(3):
+        shuffled = np.random.default_rng(seed).permutation(setting.dataset.label)
+        dataset = setting.dataset._replace(label=shuffled)
+        plan = train.make_plan(dataset, config)
+        metrics, _ = train.evaluate(dataset, plan, train.train(dataset, plan, ours(dataset), config), config)
+        uas.append(metrics["ua"])
+    assert abs(np.mean(uas) - 1 / 8) < 0.09
+
+
+# --- the device ---
+
+
+@pytest.mark.parametrize(
+    ("gpu", "fault", "has_cuda", "asked", "platforms", "told"),
+    [
+        (None, "no GPU", True, "", "cpu", "no GPU"),
+        (None, "no GPU", False, "", "", "no GPU"),
+        ("H200", "", True, "", "cuda,cpu", ""),
+        ("H200", "", False, "", "cpu", "H200 IS HERE BUT THIS JAX HAS NO CUDA SUPPORT"),
+        ("H200", "", True, "cpu", "cpu", "JAX_PLATFORMS=cpu asks for it"),
+    ],
+)
+def test_the_platform_is_chosen_with_a_reason(gpu, fault, has_cuda, asked, platforms, told):
+    chosen, reason = train.choose_platform(gpu, fault, has_cuda, asked)
+    assert chosen == platforms
+    assert told in reason
+
+
+def test_hidden_gpus_are_the_reason(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert train.probe_gpu() == (None, "CUDA_VISIBLE_DEVICES hides every GPU")
+
+
+# --- the whole program ---
+
+
+ARTIFACTS = {
+    "model.npz",
+    "config.json",
+    "metrics.json",
+    "history.csv",
+    "predictions.csv",
+    "confusion.csv",
+    "wav2vec_mean.npy",
+    "wav2vec_std.npy",
+    "skipped.csv",
+    "train.log",
+}
+FAST = ("--epochs", "12", "--seeds", "2", "--width", "32", "--folds", "3", "--learning-rate", "0.01")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, jax_stack):
+    """A folder with one bad file, trained twice: the first run computes the statistics, the second one loads them."""
+    place = tmp_path_factory.mktemp("whole")
+    data = write_sample(place / "data", actors=4, dim=24)
+    (data / "03-01-05-01-02-01-12.npz").write_bytes(b"")
+    for run in ("first", "second"):
+        assert train.main([str(data), "--out", str(place / run), *FAST]) == 0
+    return place
+
+
+def rows_of(path):
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_run_leaves_every_artifact_and_nothing_else(trained):
+    assert {path.name for path in (trained / "first").iterdir()} == ARTIFACTS
+    assert not [path for path in trained.rglob("*") if path.name.endswith(".tmp")]
+
+
+def test_the_first_and_the_second_run_give_the_same_bytes(trained):
+    for name in ("model.npz", "predictions.csv", "history.csv", "confusion.csv", "wav2vec_mean.npy", "wav2vec_std.npy"):
+        assert (trained / "first" / name).read_bytes() == (trained / "second" / name).read_bytes()
+
+
+def test_metrics_say_what_they_must(trained):
+    metrics = json.loads((trained / "first" / "metrics.json").read_text())
+    assert metrics["ua"] > 3 * metrics["chance_ua"]
+    assert metrics["ua_ci95"][0] <= metrics["ua"] <= metrics["ua_ci95"][1]
+    assert metrics["chance_ua"] == 1 / 8
+    assert metrics["classes"] == list(emotions.EMOTIONS)
+    assert (metrics["n_utterances"], metrics["n_speakers"], metrics["fold_scheme"]) == (112, 8, "3")
+    assert metrics["left_out"] == {"empty": 1}
+    assert {"jax", "flax", "optax", "numpy", "python"} <= set(metrics["versions"])
+    assert metrics["seconds"] > 0
+    assert "CPU" in metrics["device"]
+    assert len(metrics["folds"]) == 3
+    for fold in metrics["folds"]:
+        assert not set(fold["train"]) & set(fold["validation"])
+        assert not set(fold["test"]) & (set(fold["train"]) | set(fold["validation"]))
+        assert {"ua", "wa", "macro_f1"} <= set(fold)
+
+
+def test_the_scores_are_those_of_the_predictions_file(trained):
+    rows = rows_of(trained / "first" / "predictions.csv")
+    metrics = json.loads((trained / "first" / "metrics.json").read_text())
+    assert len(rows) == 112
+    assert list(rows[0])[:6] == ["file", "corpus", "speaker", "label", "fold", "predicted"]
+    recalls = [
+        np.mean([row["predicted"] == name for row in rows if row["label"] == name]) for name in metrics["classes"]
+    ]
+    assert metrics["ua"] == pytest.approx(np.mean(recalls))
+    for row in rows:
+        p = {name: float(row[f"p_{name}"]) for name in metrics["classes"]}
+        assert sum(p.values()) == pytest.approx(1, abs=1e-5)
+        assert row["predicted"] == max(p, key=p.get)
+        assert row["speaker"] in metrics["folds"][int(row["fold"]) - 1]["test"]
+
+
+def test_the_log_begins_with_the_device_and_ends_with_the_report(trained):
+    lines = (trained / "first" / "train.log").read_text().splitlines()
+    assert lines[0].startswith("device: CPU (")
+    assert "because" in lines[0]
+    assert any("UA (mean recall)" in line for line in lines)
+    assert any(line.startswith("epoch 4/12  loss") for line in lines)
+    assert "03-01-05-01-02-01-12.npz: empty" in "\n".join(lines)
+
+
+def test_skipped_files_are_named(trained):
+    assert [(row["file"], row["code"]) for row in rows_of(trained / "first" / "skipped.csv")] == [
+        ("03-01-05-01-02-01-12.npz", "empty")
+    ]
+
+
+def test_prediction_needs_no_labels_and_agrees_with_the_readmes_numpy(trained, tmp_path, capsys, monkeypatch):
+    plain = tmp_path / "plain"
+    plain.mkdir()
+    files = sorted((trained / "data").glob("*_*.npz"))
+    for number, file in enumerate(files):
+        os.link(file, plain / f"{number:03d}.npz")
+    assert train.main([str(plain), "--predict", str(trained / "first"), "--out", str(tmp_path / "out")]) == 0
+    assert "112 files labelled, 0 left out" in capsys.readouterr().out
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "sample").symlink_to(trained / "first")
+    monkeypatch.chdir(tmp_path)
+    scope = {}
+    exec((ROOT / "README.md").read_text().split("```python\n")[1].split("```")[0], scope)
+    expected = scope["probabilities"](np.stack([np.load(file)["emb"] for file in files]))
+    assert scope["classes"] == list(emotions.EMOTIONS)
+    rows = rows_of(tmp_path / "out" / "predictions.csv")
+    written = np.array([[float(row[f"p_{name}"]) for name in emotions.EMOTIONS] for row in rows])
+    np.testing.assert_allclose(written, expected, atol=1e-5)
+
+
+def test_prediction_never_overwrites_a_training_run(trained, capsys):
+    before = (trained / "second" / "predictions.csv").read_bytes()
+    arguments = [str(trained / "data"), "--predict", str(trained / "first"), "--out", str(trained / "second")]
+    assert train.main(arguments) == 2
+    assert (trained / "second" / "predictions.csv").read_bytes() == before
+
+
+def test_prediction_refuses_what_holds_no_model(trained, tmp_path):
+    assert train.main([str(trained / "data"), "--predict", str(tmp_path)]) == 2
+
+
+def test_prediction_refuses_features_of_another_width(trained, tmp_path):
+    other = write_sample(tmp_path / "other", actors=1, dim=7)
+    assert train.main([str(other), "--predict", str(trained / "first"), "--out", str(tmp_path / "out")]) == 2
+
+
+@pytest.mark.parametrize("content", ["nothing", "one emotion", "unknown names"])
+def test_a_folder_that_cannot_be_trained_on_exits_2_with_one_line(tmp_path, content, jax_stack, caplog):
+    data = tmp_path / "data"
+    data.mkdir()
+    if content != "nothing":
+        for actor in range(1, 13):
+            name = f"03-01-05-01-02-01-{actor:02d}" if content == "one emotion" else f"{actor}"
+            np.savez(data / f"{name}.npz", emb=np.random.default_rng(actor).normal(size=8))
+    assert train.main([str(data), "--out", str(tmp_path / "run")]) == 2
+    assert caplog.records[-1].levelname == "ERROR"
+    assert "\n" not in caplog.records[-1].message
+
+
+def test_statistics_of_the_user_are_never_overwritten(trained, tmp_path):
+    data = write_sample(tmp_path / "data", actors=2, dim=24)
+    np.save(data / stats.MEAN_FILE, np.zeros(24, np.float32))
+    np.save(data / stats.STD_FILE, np.ones(24, np.float32))
+    assert train.main([str(data), "--out", str(tmp_path / "run"), "--recompute-stats", *FAST]) == 2
+    assert (np.load(data / stats.MEAN_FILE) == 0).all()
+
+
+def test_a_tree_of_parameters_survives_its_file_form():
+    tree = {"Dense_0": {"kernel": np.ones((2, 3), np.float32), "bias": np.zeros(3, np.float32)}}
+    flat = train.flatten(tree)
+    assert set(flat) == {"params/Dense_0/kernel", "params/Dense_0/bias"}
+    assert train.unflatten(flat)["Dense_0"]["kernel"].shape == (2, 3)
