@@ -8,17 +8,19 @@ Exit status: 0 all good, 1 problems found, 2 wrong use or nothing to work on. Ne
 
 import argparse
 import collections
+import csv
 import dataclasses
 import hashlib
 import math
 import os
+import re
 import stat
 import struct
 import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -37,6 +39,38 @@ _LOCAL = struct.Struct("<4s5H3L2H")
 _CENTRAL = struct.Struct("<4s6H3L5H2L")
 _END = struct.Struct("<4s4H2LH")
 _STORED, _DEFLATED = 0, 8
+
+# --- options ------------------------------------------------------------------------------------------------------
+
+
+class UsageError(Exception):
+    """The user asked for something that cannot be done; the text says why and what to do. Exit status 2."""
+
+
+def option(default: Any, text: str) -> Any:
+    """A field of a dataclass of options, with the help that the command line shows."""
+    return dataclasses.field(default=default, metadata={"help": text})
+
+
+def demand(condition: bool, name: str, text: str) -> None:
+    if not condition:
+        raise UsageError(f"--{name.replace('_', '-')} must be {text}")
+
+
+def add_options(parser: argparse.ArgumentParser, options: type) -> None:
+    """Give a command line every option of a dataclass, whose first field is the folder."""
+    parser.add_argument("directory", metavar="DIR", help="folder of NPZ files, flat or in subfolders")
+    for field in dataclasses.fields(options)[1:]:
+        flag, text, default = f"--{field.name.replace('_', '-')}", field.metadata["help"], field.default
+        if field.type is bool:
+            parser.add_argument(flag, action="store_true", help=text)
+        elif default == ():
+            parser.add_argument(flag, action="append", default=[], metavar="STR", help=text)
+        else:
+            kind = next(k for k in (int, float, str) if k in (field.type, *getattr(field.type, "__args__", ())))
+            shown = text if default is None else f"{text} (%(default)s)"
+            parser.add_argument(flag, type=kind, default=default, metavar=kind.__name__.upper(), help=shown)
+
 
 # --- reading one file ---------------------------------------------------------------------------------------------
 
@@ -59,6 +93,8 @@ class Features(NamedTuple):
     key: str
     dtype: str
     members: tuple[str, ...]
+    crc: int
+    rms: float
 
 
 def _read_bytes(path: str | Path) -> bytes:
@@ -261,7 +297,7 @@ def _choose(blob: bytes, members: list[Member]) -> Member:
     return next((member for member in members if _is_candidate(blob, member)), members[0])
 
 
-def read_features(path: str | Path) -> Features:
+def read_features(path: str | Path, transpose: bool = False, nan_to_zero: bool = False) -> Features:
     """Read the features of one NPZ file, once and strictly; nothing in its headers is trusted, nothing is unpickled.
 
     Returns
@@ -279,26 +315,39 @@ def read_features(path: str | Path) -> Features:
     members = _members(blob)
     member = _choose(blob, members)
     stored = stats.npy_array(_unpacked(blob, member))
-    if not stored.shape or not stored.size:
-        raise DataError("empty-array", f"its array has shape {stored.shape}: no numbers to train on")
     shape = stored.shape
+    if not shape or not stored.size:
+        raise DataError("empty-array", f"its array has shape {shape}: no numbers to train on")
     if stored.ndim == 3 and shape[0] == 1:
         stored = stored[0]
     if stored.ndim > 2:
         raise DataError("bad-shape", f"its array has shape {shape}; (D,), (T, D) or (1, T, D) is needed")
     with np.errstate(over="ignore"):
-        array = np.ascontiguousarray(stored, np.float32)
-    # Looked for after the conversion: 1e300 is finite as float64 only. A sum of finite float32 in float64 is finite.
-    with np.errstate(invalid="ignore"):  # Inf and -Inf together
-        total = array.sum(dtype=np.float64)
-    if not math.isfinite(total):
-        bad = ~np.isfinite(array)
+        array = np.ascontiguousarray(stored.T if transpose and stored.ndim == 2 else stored, np.float32)
+    array, square = _finite(array, nan_to_zero)
+    flat = array.reshape(-1)
+    if flat.size > 1 and flat[0] == flat[-1] and flat.min() == flat.max():
+        raise DataError("constant", f"all {flat.size} values are {flat[0]:g}: the extraction failed")
+    names = tuple(member.name.removesuffix(".npy") for member in members)
+    dtype = stored.dtype.name
+    return Features(array, member.name.removesuffix(".npy"), dtype, names, member.crc, math.sqrt(square / flat.size))
+
+
+def _finite(array: np.ndarray, nan_to_zero: bool) -> tuple[np.ndarray, float]:
+    """Refuse or clear NaN and Inf; looked for in float32, since 1e300 is finite as float64 only.
+
+    Returns the array and the sum of its squares, which is also the quick test: it is finite only if all values are.
+    """
+    flat = array.reshape(-1)
+    square = float(np.dot(flat, flat))
+    if math.isfinite(square):
+        return array, square
+    bad = ~np.isfinite(array)
+    if bad.any() and not nan_to_zero:
         first = tuple(int(place[0]) for place in np.nonzero(bad))
         raise DataError("not-finite", f"{bad.sum()} of {array.size} values are NaN or Inf, the first at {first}")
-    if array.size > 1 and array.min() == array.max():
-        raise DataError("constant", f"all {array.size} values are {array.flat[0]:g}: the extraction failed")
-    names = tuple(member.name.removesuffix(".npy") for member in members)
-    return Features(array, member.name.removesuffix(".npy"), str(stored.dtype.newbyteorder("=")), names)
+    array = np.where(bad, np.float32(0), array)
+    return array, float(np.square(array, dtype=np.float64).sum())
 
 
 def read_arrays(path: str | Path) -> dict[str, np.ndarray]:
@@ -315,7 +364,7 @@ def read_arrays(path: str | Path) -> dict[str, np.ndarray]:
 
 # --- scanning a folder --------------------------------------------------------------------------------------------
 
-#: What to do about each code; the reason says what was found.
+#: Why a file is left out: what to do about each code. The finding itself says what was found.
 REMEDIES = {
     "unreadable": "check its owner and its rights",
     "not-a-file": "remove it",
@@ -337,12 +386,57 @@ REMEDIES = {
     "not-float": "save the features as float32",
     "empty-array": "the recording may be too short; extract its features again",
     "bad-shape": "save one array of shape (D,) or (T, D)",
-    "not-finite": "extract its features again",
+    "not-finite": "extract its features again, or read such values as zeros with --nan-to-zero",
     "constant": "extract its features again",
-    "unknown-name": "rename it after its corpus, or put it into a folder named after its emotion",
+    "unknown-name": "rename it after its corpus, put it into an emotion-named folder, or use --pattern or --labels",
+    "ambiguous-name": "say which with --corpus, or put the corpus before the name",
     "label-conflict": "find out which is right, then rename the file or move it",
+    "not-in-table": "add a line for it to the table",
+    "video-only": "remove it: a recording without sound has no speech in it",
+    "duplicate-conflict": "find out which label is right and remove the other file",
+    "duplicate-speaker": "find out whose it is and remove the other file",
+    "transposed": "save it as (T, D), or turn every sequence round with --transpose",
     "other-width": "extract all features with one encoder, or choose with --dim",
 }
+
+#: What is worth knowing of files that are used all the same.
+NOTES = {
+    "duplicate": "the same features under two names and one label; they count twice",
+    "twins": "the same recording with and without its picture; they count twice",
+    "song": "sung, not spoken; figures of others are for speech alone",
+    "known-damaged": "recordings of this corpus that are known to be damaged",
+    "norm-outlier": "features far larger or smaller than those of the rest",
+    "dead-dimensions": "dimensions that do not vary over the set",
+    "already-normalised": "the features have mean 0 and deviation 1 already; normalising again does no harm",
+    "no-speaker": "no speaker is known for these; a figure is speaker-independent only where speakers are known",
+    "few-speakers": "a class that few speakers have: its recall is hardly more than an anecdote",
+    "few-utterances": "a class with few utterances",
+    "imbalance": "the largest class is many times the smallest; UA counts all classes alike, WA does not",
+    "reshaped": "flat vectors that were cut into frames",
+    "other-arrays": "further arrays in the files, left alone",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class ScanOptions:
+    """What a user can say of a folder; the command lines of both programs are built from it."""
+
+    directory: str
+    corpus: str | None = option(None, "the corpus that is meant where several can claim a name")
+    pattern: str | None = option(None, "your own names: a regular expression of the whole name with a group emotion")
+    labels: str | None = option(None, "your own labels: a CSV file with the columns file, emotion and speaker")
+    merge: tuple[str, ...] = option((), "fold one emotion into another, as in calm=neutral; may be repeated")
+    classes: str | None = option(None, "keep only these emotions, as in happy,sad,angry")
+    dim: int | None = option(None, "width of the features, where the set does not tell it")
+    transpose: bool = option(False, "sequences are stored as (D, T)")
+    nan_to_zero: bool = option(False, "read NaN and Inf as zeros instead of leaving the file out")
+
+    def __post_init__(self):
+        object.__setattr__(self, "merge", tuple(self.merge))
+        demand(self.dim is None or self.dim >= 1, "dim", "at least 1")
+        demand(self.corpus in (None, *emotions.CORPORA), "corpus", f"one of {', '.join(emotions.CORPORA)}")
+        demand(all(entry.count("=") == 1 for entry in self.merge), "merge", "of the form calm=neutral")
+        demand(not (self.pattern and self.labels), "pattern", "given without --labels")
 
 
 class Finding(NamedTuple):
@@ -353,45 +447,57 @@ class Finding(NamedTuple):
     reason: str
 
 
+class Note(NamedTuple):
+    """What a user should know of the set; nothing is left out for it."""
+
+    code: str
+    text: str
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Record:
-    """A file that training can use. `shape` is the shape in the file, `dim` the width of its features."""
+    """A file that training can use. `shape` is the shape in the file, `rms` the root of the mean square."""
 
     utterance: emotions.Utterance
-    labelled_by: str  # "name" or "folder"
+    labelled_by: str
     shape: tuple[int, ...]
     key: str
     dtype: str
+    crc: int
+    rms: float
+
+    @property
+    def file(self) -> str:
+        return self.utterance.file
 
 
 @dataclasses.dataclass
 class Scan:
     """All that is known of a folder; `records` are what training uses, sorted by file name, `findings` the rest.
 
-    `features` is empty, or holds the arrays of `records` in the same order, shape (T, D) each.
+    `features` is empty, or holds the arrays of `records` in the same order, shape (T, D) each. `moments` are those of
+    all frames of width D that were read.
     """
 
     directory: Path
     dim: int | None = None
     records: list[Record] = dataclasses.field(default_factory=list)
     findings: list[Finding] = dataclasses.field(default_factory=list)
+    notes: list[Note] = dataclasses.field(default_factory=list)
     features: list[np.ndarray] = dataclasses.field(default_factory=list)
+    moments: stats.Moments | None = None
     hidden: int = 0
+    unwanted: int = 0
     other_files: collections.Counter = dataclasses.field(default_factory=collections.Counter)
     other_members: collections.Counter = dataclasses.field(default_factory=collections.Counter)
     stored: stats.Stored | None = None
 
     @property
     def files(self) -> int:
-        return len(self.records) + len(self.findings)
-
-    @property
-    def reshaped(self) -> int:
-        """How many flat vectors of T * D values were cut into T frames."""
-        return sum(len(record.shape) == 1 and record.shape[0] != self.dim for record in self.records)
+        return len(self.records) + len(self.findings) + self.unwanted
 
     def count(self, field: str) -> dict[str, int]:
-        """Utterances for each value of one field of the name, most common emotion vocabulary first."""
+        """Utterances for each value of one field of the name, emotions in the order of the vocabulary."""
         counts = collections.Counter(getattr(record.utterance, field) for record in self.records)
         known = {word: place for place, word in enumerate(emotions.EMOTIONS)}
         return {key: counts[key] for key in sorted(counts, key=lambda key: (known.get(key, len(known)), key or ""))}
@@ -401,17 +507,22 @@ class Scan:
         return dict(sorted(collections.Counter(finding.code for finding in self.findings).items()))
 
     def fingerprint(self) -> str:
-        """Hash of the names and shapes that training uses: another set of files has another one."""
-        listing = "\n".join(f"{record.utterance.file!r} {record.shape}" for record in self.records)
+        """Hash of the names and contents that training uses: another set of files has another one."""
+        listing = "\n".join(f"{record.file!r} {record.shape} {record.crc}" for record in self.records)
         return hashlib.sha256(listing.encode()).hexdigest()[:16]
 
-
-class UsageError(Exception):
-    """The user asked for something that cannot be done; the text says why and what to do. Exit status 2."""
+    def leave_out(self, reasons: dict[str, tuple[str, str]]) -> None:
+        """Move the named files from the records to the findings; `reasons` maps a file to its code and reason."""
+        kept = [place for place, record in enumerate(self.records) if record.file not in reasons]
+        self.findings += [Finding(file, code, reason) for file, (code, reason) in reasons.items()]
+        self.features = [self.features[place] for place in kept] if self.features else []
+        self.records = [self.records[place] for place in kept]
 
 
 def printable(name: str) -> str:
     """Escape what could forge or garble a line of output: control characters and bytes that are not UTF-8."""
+    if name.isprintable():
+        return name
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in name)
 
 
@@ -455,26 +566,99 @@ def _walk(folder: Path, scan: Scan) -> Iterator[str]:
                 scan.other_files[os.path.splitext(entry.name)[1].lower() or entry.name] += 1
 
 
-def _labelled(file: str) -> tuple[emotions.Utterance, str]:
-    """What name and folders say of a file, and which of them gave the emotion.
+# --- what the files are called ---
 
-    Raises
-    ------
-    DataError
-        `unknown-name` or `label-conflict`.
-    """
-    by_folder = next(
-        (word for folder in reversed(Path(file).parts[:-1]) if (word := emotions.folder_emotion(folder))), None
-    )
-    try:
-        utterance = emotions.parse_name(file)
-    except ValueError as error:
+
+class Named(NamedTuple):
+    """What name, folder or table say of a file, and which of them gave the emotion."""
+
+    utterance: emotions.Utterance
+    source: str
+
+
+def _named(files: list[str], options: ScanOptions) -> Iterator[Named | DataError]:
+    """Label every file by the user's table or pattern, or else by its name and its folders."""
+    if options.labels:
+        yield from _by_table(files, Path(options.labels))
+    elif options.pattern:
+        yield from _by_pattern(files, options.pattern)
+    else:
+        for file, parsed in zip(files, emotions.parse_names(files, options.corpus)):
+            yield _by_name(file, parsed)
+
+
+def _by_name(file: str, parsed: emotions.Utterance | ValueError) -> Named | DataError:
+    folders = Path(file).parts[:-1]
+    by_folder = next((word for folder in reversed(folders) if (word := emotions.folder_emotion(folder))), None)
+    if isinstance(parsed, emotions.AmbiguousName):
+        return DataError("ambiguous-name", str(parsed))
+    if isinstance(parsed, ValueError):
         if by_folder is None:
-            raise DataError("unknown-name", str(error)) from None
-        return emotions.Utterance(file, "folder", by_folder, speaker=None), "folder"
-    if by_folder not in (None, utterance.emotion):
-        raise DataError("label-conflict", f"its name says {utterance.emotion} and its folder says {by_folder}")
-    return utterance, "name"
+            return DataError("unknown-name", str(parsed))
+        return Named(emotions.Utterance(file, "folder", by_folder, speaker=None), "folder")
+    if parsed.modality == "video":
+        return DataError("video-only", "holds a picture and no sound, says its name")
+    if by_folder not in (None, parsed.emotion):
+        return DataError("label-conflict", f"its name says {parsed.emotion} and its folder says {by_folder}")
+    return Named(parsed, "name")
+
+
+def _by_pattern(files: list[str], text: str) -> Iterator[Named | DataError]:
+    try:
+        pattern = re.compile(text)
+    except re.error as error:
+        raise UsageError(f"--pattern is no regular expression: {error}") from None
+    if "emotion" not in pattern.groupindex:
+        raise UsageError("--pattern needs a group (?P<emotion>...), and (?P<speaker>...) where the names tell it")
+    for file in files:
+        stem = emotions.without_extensions(file)
+        match = pattern.fullmatch(stem) or pattern.fullmatch(stem.replace(os.sep, "/").rpartition("/")[2])
+        if match and match["emotion"]:
+            yield Named(emotions.own_utterance(file, **match.groupdict()), "pattern")
+        else:
+            yield DataError("unknown-name", f"{stem!r} does not match the pattern")
+
+
+def _by_table(files: list[str], table: Path) -> Iterator[Named | DataError]:
+    name = printable(str(table))
+    try:
+        with table.open(newline="", encoding="utf-8-sig") as file:
+            rows = list(csv.DictReader(file))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UsageError(f"{name}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    if not rows or not {"file", "emotion"} <= rows[0].keys():
+        raise UsageError(f"{name}: needs a first line with the columns file and emotion, and speaker where it is known")
+    known: dict[str, dict] = {}
+    for row in rows:
+        key = emotions.without_extensions(row["file"] or "")
+        if key in known and known[key] != row:
+            raise UsageError(f"{name}: has two lines for {printable(key)}")
+        known[key] = row
+    for file in files:
+        stem = emotions.without_extensions(file).replace(os.sep, "/")
+        row = known.get(stem) or known.get(stem.rpartition("/")[2])
+        if row and row["emotion"]:
+            yield Named(emotions.own_utterance(file, row["emotion"], row.get("speaker")), "table")
+        else:
+            yield DataError("not-in-table", f"has no line in {name}" if not row else f"has no emotion in {name}")
+
+
+def _wanted(options: ScanOptions) -> Callable[[str], str | None]:
+    """What --merge and --classes make of an emotion: another one, itself, or None if it is not wanted."""
+    fold = {}
+    for entry in options.merge:
+        old, new = (emotions.emotion_word(word) or word.strip().lower() for word in entry.split("="))
+        fold[old] = new
+    kept = {emotions.emotion_word(word.strip()) or word.strip().lower() for word in (options.classes or "").split(",")}
+
+    def wanted(emotion: str) -> str | None:
+        emotion = fold.get(emotion, emotion)
+        return emotion if options.classes is None or emotion in kept else None
+
+    return wanted
+
+
+# --- which width they have ---
 
 
 def _sequence_widths(shapes: Iterable[tuple[int, ...]]) -> set[int]:
@@ -484,6 +668,9 @@ def _sequence_widths(shapes: Iterable[tuple[int, ...]]) -> set[int]:
 def _common_width(shapes: collections.Counter) -> int | None:
     """The width D that most files fit: vectors (D,), sequences (T, D), and flat (T * D,) where a sequence shows D."""
     sequence_widths = _sequence_widths(shapes)
+    heights = {shape[0] for shape in shapes if len(shape) == 2}
+    if len(sequence_widths) > 2 and len(heights) == 1 and all(len(shape) == 2 for shape in shapes):
+        return heights.pop()  # (D, T) with T that varies
     support = collections.Counter()
     for width in {shape[-1] for shape in shapes}:
         for shape, files in shapes.items():
@@ -491,16 +678,36 @@ def _common_width(shapes: collections.Counter) -> int | None:
             support[width] += files * fits
     (width, files), *others = support.most_common(2) or [(None, 0)]
     if others and others[0][1] == files:
-        tied = " and ".join(str(width) for width, count in support.most_common() if count == files)
+        tied = " and ".join(str(width) for width, count in sorted(support.items()) if count == files)
         raise UsageError(f"as many files have features of width {tied}; choose one with --dim")
     return width
 
 
+def _misfits(result: Scan, reshape: bool) -> dict[str, tuple[str, str]]:
+    """The files whose features are not D wide.
+
+    A flat vector of T * D values is cut into frames only with `reshape`: where D is more than the common length of
+    vectors, since one encoder's vector is often twice as wide as another's.
+    """
+    misfits = {}
+    for record in result.records:
+        shape, dim = record.shape, result.dim
+        if shape[-1] == dim or (reshape and len(shape) == 1 and shape[0] % dim == 0):
+            continue
+        if len(shape) == 2 and shape[0] == dim:
+            misfits[record.file] = ("transposed", f"shape {shape} looks like (D, T) and not like (T, D)")
+        else:
+            misfits[record.file] = ("other-width", f"shape {shape} does not fit features of width {dim}")
+    return misfits
+
+
+# --- the scan ---
+
+
 def scan(
-    directory: str | Path,
+    options: ScanOptions,
     *,
-    dim: int | None = None,
-    labels: bool = True,
+    labelled: bool = True,
     keep_features: bool = False,
     progress: Callable[[int], None] = lambda files: None,
 ) -> Scan:
@@ -510,12 +717,10 @@ def scan(
 
     Parameters
     ----------
-    dim
-        Width of the features, where neither the statistics files nor the set tell it.
-    labels
+    labelled
         False where files without a known emotion are wanted too, to be labelled by a model.
     keep_features
-        Whether to keep the arrays; without it no more than one file is in memory at a time.
+        Whether to keep the arrays; without it no more than one sequence is in memory at a time.
     progress
         Called with the number of files read so far.
 
@@ -526,56 +731,163 @@ def scan(
     stats.DataError
         `bad-statistics`, if the statistics files in the folder cannot be used.
     """
-    result = Scan(folder(directory))
+    result = Scan(folder(options.directory))
     result.stored = stats.load(result.directory)
-    candidates: list[tuple[Record, np.ndarray | None]] = []
-    for number, file in enumerate(sorted(_walk(result.directory, result)), 1):
+    files = sorted(_walk(result.directory, result))
+    if not files and not result.findings:
+        raise UsageError(_nothing_found(result))
+    named = (
+        _named(files, options) if labelled else (Named(emotions.Utterance(file, "", "", None), "") for file in files)
+    )
+    wanted = _wanted(options)
+    moments: dict[int, stats.RunningMoments] = collections.defaultdict(stats.RunningMoments)
+    for number, (file, name) in enumerate(zip(files, named), 1):
         try:
-            if labels:
-                utterance, labelled_by = _labelled(file)
-            else:
-                utterance, labelled_by = emotions.Utterance(file, "", None, None), "nothing"
-            array, key, dtype, members = read_features(result.directory / file)
+            if isinstance(name, DataError):
+                raise name
+            emotion = wanted(name.utterance.emotion) if labelled else ""
+            if emotion is None:
+                result.unwanted += 1
+                continue
+            read = read_features(result.directory / file, options.transpose, options.nan_to_zero)
         except DataError as error:
             result.findings.append(Finding(file, error.code, error.reason))
-        else:
-            record = Record(utterance, labelled_by, array.shape, key, dtype)
-            candidates.append((record, array if keep_features else None))
-            result.other_members.update(name for name in members if name != key)
-        progress(number)
-    if not candidates and not result.findings:
-        raise UsageError(_nothing_found(result))
-    known = result.stored.statistics.mean.size if result.stored else None
-    shapes = collections.Counter(record.shape for record, _ in candidates)
-    result.dim = dim or known or _common_width(shapes)
-    _select_width(result, candidates, bool(dim or known) or result.dim in _sequence_widths(shapes))
-    if known and candidates and not result.records:
-        shape = shapes.most_common(1)[0][0]
-        raise DataError("bad-statistics", f"{stats.MEAN_FILE} has {known} numbers and the files have shape {shape}")
-    result.findings.sort()
+            continue
+        finally:
+            progress(number)
+        utterance = name.utterance
+        if emotion != utterance.emotion:
+            utterance = dataclasses.replace(utterance, emotion=emotion)
+        shape = read.array.shape
+        result.records.append(Record(utterance, name.source, shape, read.key, read.dtype, read.crc, read.rms))
+        result.other_members.update(member for member in read.members if member != read.key)
+        moments[shape[-1]].add(read.array.reshape(-1, shape[-1]))
+        if keep_features:
+            result.features.append(read.array)
+    _settle(result, options, moments, labelled)
     return result
 
 
-def _select_width(result: Scan, candidates: list[tuple[Record, np.ndarray | None]], reshape: bool) -> None:
-    """Move the candidates into the records, as frames of width D, or into the findings if they have another width.
+def _settle(result: Scan, options: ScanOptions, moments: dict[int, stats.RunningMoments], labelled: bool) -> None:
+    """Decide what only the whole set can tell: its width, its duplicates, its notes."""
+    known = result.stored.statistics.mean.size if result.stored else None
+    shapes = collections.Counter(record.shape for record in result.records)
+    result.dim = options.dim or known or _common_width(shapes)
+    result.leave_out(_misfits(result, bool(options.dim or known) or result.dim in _sequence_widths(shapes)))
+    if known and shapes and not result.records:
+        shape = shapes.most_common(1)[0][0]
+        raise DataError("bad-statistics", f"{stats.MEAN_FILE} has {known} numbers and the files have shape {shape}")
+    result.features = [array.reshape(-1, result.dim) for array in result.features]
+    result.moments = moments[result.dim].merged() if result.dim in moments else None
+    if labelled:
+        result.leave_out(_duplicates(result))
+        result.notes += sorted(_notes(result))
+    result.findings.sort()
 
-    A flat vector of T * D values is cut into frames only with `reshape`: where D is more than the common length of
-    vectors, since one encoder's vector is often twice as wide as another's.
-    """
-    for record, array in candidates:
-        width = record.shape[-1]
-        if width == result.dim or (reshape and len(record.shape) == 1 and width % result.dim == 0):
-            result.records.append(record)
-            if array is not None:
-                result.features.append(array.reshape(-1, result.dim))
-        else:
-            result.findings.append(
-                Finding(
-                    record.utterance.file,
-                    "other-width",
-                    f"shape {record.shape} does not fit features of width {result.dim}",
-                )
-            )
+
+def _duplicates(result: Scan) -> dict[str, tuple[str, str]]:
+    """Files with the same bytes: a note where they agree in label and speaker, otherwise they are left out."""
+    alike = collections.defaultdict(list)
+    for record in result.records:
+        alike[record.crc, record.shape, record.dtype].append(record)
+    reasons, harmless = {}, []
+    for group in alike.values():
+        for record, other in zip(group[1:], group):
+            if len({record.crc, other.crc}) > 1 or not _same_features(result.directory, record, other):
+                continue
+            one, two = record.utterance, other.utterance
+            if one.emotion != two.emotion:
+                for this, that in ((one, two), (two, one)):
+                    told = f"has the same features as {printable(that.file)}, which is labelled {that.emotion}"
+                    reasons[this.file] = ("duplicate-conflict", told)
+            elif one.speaker != two.speaker:
+                told = f"has the same features as {printable(two.file)} of {two.speaker or 'an unknown speaker'}"
+                reasons[one.file] = ("duplicate-speaker", told)
+            else:
+                harmless.append(f"{printable(two.file)} = {printable(one.file)}")
+    if harmless:
+        result.notes.append(Note("duplicate", _some(harmless)))
+    return reasons
+
+
+def _same_features(directory: Path, one: Record, other: Record) -> bool:
+    """Compare two files whose checksums agree, which is no proof yet."""
+    try:
+        first, second = (read_features(directory / record.file).array for record in (one, other))
+    except DataError:  # NaN read as zeros, or gone by now
+        return False
+    return np.array_equal(first, second)
+
+
+def _some(names: list[str], limit: int = 5) -> str:
+    return f"{len(names)}: {', '.join(names[:limit])}" + ", ..." * (len(names) > limit)
+
+
+def _notes(result: Scan) -> Iterator[Note]:
+    yield from _name_notes(result)
+    yield from _class_notes(result)
+    yield from _number_notes(result)
+    reshaped = sum(len(record.shape) == 1 and record.shape[0] != result.dim for record in result.records)
+    if reshaped:
+        yield Note("reshaped", f"{reshaped} files, frames of {result.dim}")
+    if result.other_members:
+        yield Note("other-arrays", _listing(dict(result.other_members.most_common()), 5))
+
+
+def _name_notes(result: Scan) -> Iterator[Note]:
+    """What the names tell of the recordings."""
+    utterances = [record.utterance for record in result.records]
+    takes = collections.defaultdict(list)
+    for utterance in utterances:
+        if utterance.modality:
+            takes[dataclasses.replace(utterance, file="", modality=None)].append(printable(utterance.file))
+    twins = [" = ".join(files) for files in takes.values() if len(files) > 1]
+    if twins:
+        yield Note("twins", _some(twins))
+    sung = [printable(utterance.file) for utterance in utterances if utterance.channel == "song"]
+    if sung:
+        yield Note("song", _some(sung, 3))
+    damaged = [f"{printable(u.file)} ({told})" for u in utterances if (told := emotions.known_damage(u))]
+    if damaged:
+        yield Note("known-damaged", _some(damaged))
+    nameless = collections.Counter(utterance.corpus for utterance in utterances if utterance.speaker is None)
+    if nameless:
+        yield Note("no-speaker", _listing(dict(nameless)))
+
+
+def _class_notes(result: Scan) -> Iterator[Note]:
+    """Classes too small to be learned or judged."""
+    counts = result.count("emotion")
+    speakers = collections.defaultdict(set)
+    for record in result.records:
+        speakers[record.utterance.emotion].add(record.utterance.speaker)
+    few = [f"{emotion} {len(who)} speakers" for emotion, who in speakers.items() if len(who) < 5 and None not in who]
+    if few:
+        yield Note("few-speakers", ", ".join(few))
+    small = {emotion: count for emotion, count in counts.items() if count < 10}
+    if small:
+        yield Note("few-utterances", _listing(small))
+    if counts and max(counts.values()) > 5 * min(counts.values()):
+        yield Note("imbalance", _listing(counts))
+
+
+def _number_notes(result: Scan) -> Iterator[Note]:
+    """What the numbers tell of the extraction."""
+    size = np.log([max(record.rms, 1e-30) for record in result.records])
+    if len(size) >= 10:
+        distance = np.abs(size - np.median(size))
+        far = np.flatnonzero(distance > max(np.log(3), 10 * np.median(distance)))
+        named = [f"{printable(result.records[place].file)} ({result.records[place].rms:.3g})" for place in far]
+        if named:
+            yield Note("norm-outlier", f"{_some(named)}; the median is {np.exp(np.median(size)):.3g}")
+    if result.moments is None or result.moments.count < 10:
+        return
+    statistics = result.moments.statistics()
+    dead = np.flatnonzero(statistics.constant())
+    if dead.size:
+        yield Note("dead-dimensions", _some([str(place) for place in dead], 10))
+    if np.median(np.abs(statistics.mean)) < 0.02 and abs(np.median(statistics.std) - 1) < 0.02:
+        yield Note("already-normalised", f"over {int(result.moments.count)} frames")
 
 
 def folder(directory: str | Path) -> Path:
@@ -641,7 +953,12 @@ def _label_sources(result: Scan) -> str:
     sources = collections.Counter(record.labelled_by for record in result.records)
     nested = any("/" in record.utterance.file or os.sep in record.utterance.file for record in result.records)
     layout = "in subfolders" if nested else "flat in the folder"
-    words = {"name": "read from the file names", "folder": "read from emotion-named folders"}
+    words = {
+        "name": "read from the file names",
+        "folder": "read from emotion-named folders",
+        "pattern": "read by your pattern",
+        "table": "read from your table",
+    }
     return f"{' and '.join(f'{words[source]} ({count})' for source, count in sources.items())}; files lie {layout}"
 
 
@@ -679,7 +996,8 @@ def findings_report(result: Scan, limit: int | None = 20) -> Iterator[str]:
 def summary(result: Scan) -> Iterator[str]:
     """What is in the folder, a line for each question."""
     used, unused = len(result.records), len(result.findings)
-    yield f"{printable(str(result.directory))}: {result.files} NPZ files, {used} usable, {unused} left out"
+    unwanted = f", {result.unwanted} of other classes" if result.unwanted else ""
+    yield f"{printable(str(result.directory))}: {result.files} NPZ files, {used} usable, {unused} left out{unwanted}"
     if result.hidden:
         yield f"  passed over  {result.hidden} hidden or temporary files and results of runs"
     if not result.records:
@@ -696,36 +1014,70 @@ def summary(result: Scan) -> Iterator[str]:
     keys, dtypes = (
         collections.Counter(getattr(record, field) for record in result.records) for field in ("key", "dtype")
     )
-    others = f"; left alone: {_listing(dict(result.other_members.most_common()), 5)}" if result.other_members else ""
-    yield f"  array        {_listing(dict(keys.most_common()), 5)}; {_listing(dict(dtypes.most_common()))}{others}"
-    if result.reshaped:
-        yield f"  reshaped     {result.reshaped} flat vectors were cut into frames of {result.dim}"
+    yield f"  array        {_listing(dict(keys.most_common()), 5)}; {_listing(dict(dtypes.most_common()))}"
     yield f"  statistics   {_statistics_line(result)}"
+    for note in result.notes:
+        yield f"  note         {note.code}: {NOTES[note.code]}: {note.text}"
+
+
+def report(result: Scan) -> dict:
+    """The same report for programs."""
+    return {
+        "directory": str(result.directory),
+        "files": result.files,
+        "usable": len(result.records),
+        "unwanted": result.unwanted,
+        "passed_over": result.hidden,
+        "left_out": result.left_out(),
+        "findings": [finding._asdict() | {"remedy": REMEDIES[finding.code]} for finding in result.findings],
+        "notes": [note._asdict() | {"meaning": NOTES[note.code]} for note in result.notes],
+        "dim": result.dim,
+        **{
+            field: {str(value): count for value, count in result.count(field).items()}
+            for field in ("corpus", "emotion", "speaker", "gender", "intensity")
+        },
+        **{
+            field: dict(collections.Counter(str(getattr(record, field)) for record in result.records))
+            for field in ("key", "dtype", "shape", "labelled_by")
+        },
+        "statistics": _statistics_line(result),
+        "obstacles": obstacles(result),
+        "exit_status": exit_status(result),
+    }
+
+
+def exit_status(result: Scan) -> int:
+    return 2 if not result.records else 1 if result.findings or obstacles(result) else 0
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description="Say what is in a folder of NPZ features and what stops training on it."
     )
-    parser.add_argument("directory", metavar="DIR", help="folder of NPZ files, flat or in emotion-named subfolders")
-    parser.add_argument("--dim", type=int, help="width of the features, where the set does not tell it")
+    add_options(parser, ScanOptions)
     parser.add_argument("--all", action="store_true", help="list every finding, not only 20 of a kind")
-    options = parser.parse_args(arguments)
+    parser.add_argument("--json", action="store_true", help="print the report for programs")
+    given = vars(parser.parse_args(arguments))
+    limit, as_json = None if given.pop("all") else 20, given.pop("json")
     try:
-        result = scan(options.directory, dim=options.dim)
+        result = scan(ScanOptions(**given))
     except (UsageError, DataError) as error:
         print(f"check_data.py: {error}", file=sys.stderr)
         return 2
-    for line in findings_report(result, None if options.all else 20):
-        print(line)
-    for line in summary(result):
-        print(line)
+    if as_json:
+        sys.stdout.write(stats.json_bytes(report(result)).decode())
+    else:
+        for line in (*findings_report(result, limit), *summary(result), *_verdict(result)):
+            print(line)
+    return exit_status(result)
+
+
+def _verdict(result: Scan) -> Iterator[str]:
     blocked = obstacles(result)
     for obstacle in blocked:
-        print(f"  NOT READY    {obstacle}")
+        yield f"  NOT READY    {obstacle}"
     if not blocked:
-        print(f"  ready        python train.py {printable(str(options.directory))}")
-    return 2 if not result.records else 1 if blocked or result.findings else 0
+        yield f"  ready        python train.py {printable(str(result.directory))}"
 
 
 if __name__ == "__main__":

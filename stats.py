@@ -217,6 +217,33 @@ class Moments(NamedTuple):
         return Statistics(self.mean.astype(np.float32), np.sqrt(self.m2 / self.count).astype(np.float32))
 
 
+class RunningMoments:
+    """Moments of frames that come a few at a time; small arrays are gathered first: a call costs more than its sums."""
+
+    def __init__(self):
+        self._parts: list[Moments] = []
+        self._waiting: list[np.ndarray] = []
+        self._rows = 0
+
+    def add(self, frames: np.ndarray) -> None:
+        """Take in frames of shape (T, D)."""
+        self._waiting.append(frames)
+        self._rows += len(frames)
+        if self._rows >= 256:
+            self._merge()
+
+    def _merge(self) -> None:
+        if self._waiting:
+            self._parts.append(Moments.of(np.concatenate(self._waiting)))
+            self._waiting, self._rows = [], 0
+        if len(self._parts) > 1:
+            self._parts = [Moments.stack(self._parts).merged()]
+
+    def merged(self) -> Moments:
+        self._merge()
+        return self._parts[0]
+
+
 class Statistics(NamedTuple):
     """Mean and standard deviation of each feature, float32, shape (D,)."""
 

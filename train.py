@@ -38,6 +38,7 @@ from rich.table import Table
 import check_data
 import emotions
 import stats
+from check_data import demand, option
 
 log = logging.getLogger("train")
 
@@ -49,66 +50,43 @@ BAD_STEPS_END = 5  # steps in a row with a loss or gradient that is not finite
 # --- options ------------------------------------------------------------------------------------------------------
 
 
-def _option(default: Any, text: str) -> Any:
-    return dataclasses.field(default=default, metadata={"help": text})
-
-
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(check_data.ScanOptions):
     """Every option of the program: its default, type and help; the command line is built from it."""
 
-    directory: str
-    out: str | None = _option(None, "folder for the results (runs/<name of DIR>)")
-    predict: str | None = _option(
-        None, "label the files of DIR with the model in this results folder instead of training"
-    )
-    folds: str = _option("5", f"number of folds, or {', '.join(emotions.SCHEMES)} or leave-one-speaker-out")
-    seeds: int = _option(5, "models for each fold; each validates on other speakers, and their logits are averaged")
-    seed: int = _option(0, "seed of everything that is random")
-    epochs: int = _option(40, "most epochs to train")
-    patience: int = _option(10, "epochs without a better validation loss after which a fold stops")
-    batch: int = _option(64, "most utterances in a batch; small sets get smaller ones, for 16 batches an epoch")
-    width: int = _option(256, "units of the hidden layer")
-    dropout: float = _option(0.5, "share of hidden units dropped while training")
-    learning_rate: float = _option(1e-3, "peak learning rate of AdamW; a cosine takes it to zero")
-    weight_decay: float = _option(1e-2, "weight decay of AdamW")
-    label_smoothing: float = _option(0.1, "share of a label that is spread over all classes while training")
-    clip: float = _option(1.0, "largest global norm of the gradient")
-    dim: int | None = _option(None, "width of the features, where the set does not tell it")
-    recompute_stats: bool = _option(False, "compute the statistics in DIR again")
+    out: str | None = option(None, "folder for the results (runs/<name of DIR>)")
+    predict: str | None = option(None, "label the files of DIR with the model in this results folder, do not train")
+    folds: str = option("5", f"number of folds, or {', '.join(emotions.SCHEMES)} or leave-one-speaker-out")
+    seeds: int = option(5, "models for each fold; each validates on other speakers, and their logits are averaged")
+    seed: int = option(0, "seed of everything that is random")
+    epochs: int = option(40, "most epochs to train")
+    patience: int = option(10, "epochs without a better validation loss after which a fold stops")
+    batch: int = option(64, "most utterances in a batch; small sets get smaller ones, for 16 batches an epoch")
+    width: int = option(256, "units of the hidden layer")
+    dropout: float = option(0.5, "share of hidden units dropped while training")
+    learning_rate: float = option(1e-3, "peak learning rate of AdamW; a cosine takes it to zero")
+    weight_decay: float = option(1e-2, "weight decay of AdamW")
+    label_smoothing: float = option(0.1, "share of a label that is spread over all classes while training")
+    clip: float = option(1.0, "largest global norm of the gradient")
+    recompute_stats: bool = option(False, "compute the statistics in DIR again")
 
     def __post_init__(self):
+        super().__post_init__()
         for name in ("seeds", "epochs", "patience", "batch", "width"):
-            _demand(getattr(self, name) >= 1, name, "at least 1")
+            demand(getattr(self, name) >= 1, name, "at least 1")
         for name in ("learning_rate", "clip"):
-            _demand(0 < getattr(self, name) < math.inf, name, "above 0")
+            demand(0 < getattr(self, name) < math.inf, name, "above 0")
         for name in ("dropout", "label_smoothing"):
-            _demand(0 <= getattr(self, name) < 1, name, "at least 0 and below 1")
-        _demand(0 <= self.weight_decay < math.inf, "weight_decay", "at least 0")
-        _demand(0 <= self.seed < 2**32, "seed", "from 0 to 4294967295")
-        _demand(self.dim is None or self.dim >= 1, "dim", "at least 1")
-
-
-def _demand(condition: bool, name: str, text: str) -> None:
-    if not condition:
-        raise check_data.UsageError(f"--{name.replace('_', '-')} must be {text}")
+            demand(0 <= getattr(self, name) < 1, name, "at least 0 and below 1")
+        demand(0 <= self.weight_decay < math.inf, "weight_decay", "at least 0")
+        demand(0 <= self.seed < 2**32, "seed", "from 0 to 4294967295")
 
 
 def parse_config(arguments: list[str] | None = None) -> Config:
     parser = argparse.ArgumentParser(
         description="Train an emotion classifier on a folder of NPZ features, or label one with a trained model."
     )
-    parser.add_argument("directory", metavar="DIR", help="folder of NPZ files, flat or in emotion-named subfolders")
-    for field in dataclasses.fields(Config)[1:]:
-        flag, text = f"--{field.name.replace('_', '-')}", field.metadata["help"]
-        if field.type is bool:
-            parser.add_argument(flag, action="store_true", help=text)
-        else:
-            kind = next(
-                kind for kind in (int, float, str) if kind in (field.type, *getattr(field.type, "__args__", ()))
-            )
-            shown = text if field.default is None else f"{text} (%(default)s)"
-            parser.add_argument(flag, type=kind, default=field.default, metavar=kind.__name__.upper(), help=shown)
+    check_data.add_options(parser, Config)
     return Config(**vars(parser.parse_args(arguments)))
 
 
@@ -1003,11 +981,11 @@ def _scan_train_report(config: Config, run: Path) -> Console:
     started = time.perf_counter()
     device = start_jax()
     log.info(f"device: {device}")
-    given = {name: value for name, value in dataclasses.asdict(config).items() if value not in (None, False)}
+    given = {name: value for name, value in dataclasses.asdict(config).items() if value not in (None, False, ())}
     log.info("settings: " + check_data.printable(", ".join(f"{name} {value}" for name, value in given.items())))
     if not os.access(config.directory, os.W_OK):
         log.info(f"statistics: DIR is read-only, so they will be saved in {check_data.printable(str(run))}")
-    scan = check_data.scan(config.directory, dim=config.dim, keep_features=True, progress=_scan_progress())
+    scan = check_data.scan(config, keep_features=True, progress=_scan_progress())
     for line in (*check_data.findings_report(scan), *check_data.summary(scan)):
         log.info(line)
     for obstacle in check_data.obstacles(scan):
@@ -1041,7 +1019,9 @@ def run_prediction(config: Config) -> int:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise check_data.UsageError(f"{check_data.printable(str(model))} holds no finished model: {error}") from None
     log.info(f"device: {start_jax()}")
-    scan = check_data.scan(config.directory, dim=dim, labels=False, keep_features=True, progress=_scan_progress())
+    scan = check_data.scan(
+        dataclasses.replace(config, dim=dim), labelled=False, keep_features=True, progress=_scan_progress()
+    )
     for line in check_data.findings_report(scan):
         log.info(line)
     if not scan.records:

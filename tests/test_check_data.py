@@ -13,10 +13,16 @@ import pytest
 
 import check_data
 import stats
-from check_data import read_features, scan
+from check_data import read_features
 
 ROOT = Path(__file__).resolve().parent.parent
 GOOD = np.linspace(-1, 1, 12, dtype=np.float32)
+
+
+def scan(folder, labelled=True, keep_features=False, **options):
+    return check_data.scan(
+        check_data.ScanOptions(str(folder), **options), labelled=labelled, keep_features=keep_features
+    )
 
 
 def write(path, **arrays):
@@ -268,7 +274,7 @@ def test_what_is_no_file_is_found_without_waiting(tmp_path):
         os.chdir(folder)  # a socket's path must be short
         server.bind("socket.npz")
         os.chdir(monkey)
-        result = scan(folder, labels=False)
+        result = scan(folder, labelled=False)
     assert len(result.records) == 1
     codes = {finding.file: finding.code for finding in result.findings}
     assert codes["fifo.npz"] == codes["folder.npz"] == "not-a-file"
@@ -294,7 +300,7 @@ def test_flat_and_nested_layouts_give_the_same_utterances(tmp_path, sample):
 def test_emotion_folders_label_names_that_say_nothing(tmp_path):
     for emotion in ("Happy", "sad"):
         (tmp_path / emotion).mkdir()
-        write(tmp_path / emotion / "001.npz")
+        write(tmp_path / emotion / "001.npz", emb=numbers(8, seed=len(emotion)))
     result = scan(tmp_path)
     assert [(r.utterance.emotion, r.utterance.speaker) for r in result.records] == [("happy", None), ("sad", None)]
     assert "emotion-named folders (2)" in "\n".join(check_data.summary(result))
@@ -302,7 +308,7 @@ def test_emotion_folders_label_names_that_say_nothing(tmp_path):
 
 def test_a_name_and_a_folder_that_disagree_are_a_finding(tmp_path):
     (tmp_path / "sad").mkdir()
-    write(tmp_path / "sad" / "03-01-05-01-02-01-12.npz")
+    write(tmp_path / "sad" / "ravdess_03-01-05-01-02-01-12.npz")
     assert [finding.code for finding in scan(tmp_path).findings] == ["label-conflict"]
 
 
@@ -347,7 +353,7 @@ def test_a_hostile_name_cannot_forge_a_line(tmp_path, name):
 
 
 def named(folder, number, **arrays):
-    return write(folder / f"03-01-05-01-01-01-{number + 1:02d}.npz", **arrays)
+    return write(folder / f"ravdess_03-01-05-01-01-01-{number + 1:02d}.npz", **arrays)
 
 
 def numbers(*shape, seed=0):
@@ -359,7 +365,8 @@ def test_flat_sequences_are_reshaped_when_the_set_tells_the_width(tmp_path):
     for k, array in enumerate(frames):
         named(tmp_path, k, emb=array if k == 0 else array.reshape(-1))
     result = scan(tmp_path, keep_features=True)
-    assert (result.dim, result.reshaped, result.findings) == (8, 3, [])
+    assert (result.dim, result.findings) == (8, [])
+    assert any(note.code == "reshaped" and note.text.startswith("3 files") for note in result.notes)
     for kept, array in zip(result.features, [frames[0], *frames[1:]]):
         np.testing.assert_array_equal(kept, array)
 
@@ -367,7 +374,7 @@ def test_flat_sequences_are_reshaped_when_the_set_tells_the_width(tmp_path):
 def test_flat_sequences_are_reshaped_when_statistics_or_option_tell_the_width(tmp_path):
     for k in range(3):
         named(tmp_path, k, emb=numbers(8 * (2 + k), seed=k))
-    assert scan(tmp_path, dim=8).reshaped == 3
+    assert [record.shape for record in scan(tmp_path, dim=8).records] == [(16,), (24,), (32,)]
     stats.save(tmp_path, stats.Moments.of(numbers(9, 8)).statistics(), "print")
     assert [len(frames) for frames in scan(tmp_path, keep_features=True).features] == [2, 3, 4]
 

@@ -19,8 +19,8 @@ ROOT = Path(__file__).resolve().parent.parent
 SMALL = train.Config("DIR", width=8, epochs=4, seeds=2, folds="3", batch=32)
 
 
-def dataset_of(folder, **changes):
-    return train.pack(check_data.scan(folder, keep_features=True))._replace(**changes)
+def dataset_of(folder):
+    return train.pack(check_data.scan(check_data.ScanOptions(str(folder)), keep_features=True))
 
 
 def ours(dataset):
@@ -231,7 +231,7 @@ def test_the_statistics_of_a_fold_know_its_training_speakers_only(sample):
 
 def test_the_statistics_of_frames_weigh_every_frame_alike(tmp_path):
     folder = write_sample(tmp_path / "data", actors=3, dim=6, frames=True)
-    scan = check_data.scan(folder, keep_features=True)
+    scan = check_data.scan(check_data.ScanOptions(str(folder)), keep_features=True)
     frames = np.concatenate(scan.features)
     np.testing.assert_allclose(ours(train.pack(scan)).statistics.mean, frames.mean(0), atol=1e-5)
     np.testing.assert_allclose(ours(dataset_of(folder)).statistics.std, frames.astype(np.float64).std(0), rtol=1e-5)
