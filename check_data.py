@@ -12,6 +12,7 @@ import csv
 import dataclasses
 import functools
 import hashlib
+import io
 import math
 import os
 import re
@@ -412,7 +413,8 @@ def _finite(array: np.ndarray, nan_to_zero: bool) -> tuple[np.ndarray, float]:
     Returns the array and the sum of its squares, which is also the quick test: it is finite only if all values are.
     """
     flat = array.reshape(-1)
-    square = float(flat.dot(flat))
+    with np.errstate(over="ignore", invalid="ignore"):
+        square = float(flat.dot(flat))
     if math.isfinite(square):
         return array, square
     bad = ~np.isfinite(array)
@@ -461,6 +463,7 @@ REMEDIES = {
     "bad-shape": "save one array of shape (D,) or (T, D)",
     "not-finite": "extract its features again, or read such values as zeros with --nan-to-zero",
     "constant": "extract its features again",
+    "absurd-scale": "extract its features again",
     "unknown-name": "rename it after its corpus, put it into an emotion-named folder, or use --pattern or --labels",
     "ambiguous-name": "say which with --corpus, or put the corpus before the name",
     "label-conflict": "find out which is right, then rename the file or move it",
@@ -505,8 +508,10 @@ class ScanOptions:
     nan_to_zero: bool = option(False, "read NaN and Inf as zeros instead of leaving the file out")
 
     def __post_init__(self):
+        demand(bool(str(self.directory)), "DIR", "a folder, not an empty name")
         object.__setattr__(self, "merge", tuple(self.merge))
         demand(self.dim is None or self.dim >= 1, "dim", "at least 1")
+        demand(self.pattern != "" and self.labels != "", "pattern and --labels", "more than an empty text")
         demand(self.corpus in (None, *emotions.CORPORA), "corpus", f"one of {', '.join(emotions.CORPORA)}")
         demand(all(entry.count("=") == 1 for entry in self.merge), "merge", "of the form calm=neutral")
         demand(not (self.pattern and self.labels), "pattern", "given without --labels")
@@ -549,7 +554,8 @@ class Scan:
     """All that is known of a folder; `records` are what training uses, sorted by file name, `findings` the rest.
 
     `features` is empty, or holds the arrays of `records` in the same order, shape (T, D) each. `moments` are those of
-    all frames of width D that were read.
+    all frames of width D that were read. `fingerprint` tells one set of files and contents from another;
+    `cuts_vectors` whether flat vectors of T * D values were cut into frames.
     """
 
     directory: Path
@@ -564,6 +570,8 @@ class Scan:
     other_files: collections.Counter = dataclasses.field(default_factory=collections.Counter)
     other_members: collections.Counter = dataclasses.field(default_factory=collections.Counter)
     stored: stats.Stored | None = None
+    fingerprint: str = ""
+    cuts_vectors: bool = False
 
     @property
     def files(self) -> int:
@@ -579,10 +587,10 @@ class Scan:
         """How many files are left out for each code."""
         return dict(sorted(collections.Counter(finding.code for finding in self.findings).items()))
 
-    def fingerprint(self) -> str:
-        """Hash of the names and contents that training uses: another set of files has another one."""
-        listing = "\n".join(f"{record.file!r} {record.shape} {record.crc}" for record in self.records)
-        return hashlib.sha256(listing.encode()).hexdigest()[:16]
+    @property
+    def statistics_are_stale(self) -> bool:
+        """Whether the statistics in the folder were computed by us, but for other files than these."""
+        return self.stored is not None and not self.stored.supplied and self.stored.fingerprint != self.fingerprint
 
     def leave_out(self, reasons: dict[str, tuple[str, str]]) -> None:
         """Move the named files from the records to the findings; `reasons` maps a file to its code and reason."""
@@ -756,16 +764,16 @@ def _common_width(shapes: collections.Counter) -> int | None:
     return width
 
 
-def _misfits(result: Scan, reshape: bool) -> dict[str, tuple[str, str]]:
+def _misfits(result: Scan) -> dict[str, tuple[str, str]]:
     """The files whose features are not D wide.
 
-    A flat vector of T * D values is cut into frames only with `reshape`: where D is more than the common length of
-    vectors, since one encoder's vector is often twice as wide as another's.
+    A flat vector of T * D values is cut into frames only where D is more than the common length of vectors, since one
+    encoder's vector is often twice as wide as another's.
     """
     misfits = {}
     for record in result.records:
         shape, dim = record.shape, result.dim
-        if shape[-1] == dim or (reshape and len(shape) == 1 and shape[0] % dim == 0):
+        if shape[-1] == dim or (result.cuts_vectors and len(shape) == 1 and shape[0] % dim == 0):
             continue
         if len(shape) == 2 and shape[0] == dim:
             misfits[record.file] = ("transposed", f"shape {shape} looks like (D, T) and not like (T, D)")
@@ -782,6 +790,7 @@ def scan(
     *,
     labelled: bool = True,
     keep_features: bool = False,
+    cut_vectors: bool = True,
     progress: Callable[[int], None] = lambda files: None,
 ) -> Scan:
     """Read every NPZ file below a folder and decide which ones training can use.
@@ -794,6 +803,8 @@ def scan(
         False where files without a known emotion are wanted too, to be labelled by a model.
     keep_features
         Whether to keep the arrays; without it no more than one sequence is in memory at a time.
+    cut_vectors
+        False where flat vectors of T * D values must not be cut into frames even if D is known.
     progress
         Called with the number of files read so far.
 
@@ -837,25 +848,59 @@ def scan(
         moments[shape[-1]].add(read.array.reshape(-1, shape[-1]))
         if keep_features:
             result.features.append(read.array)
-    _settle(result, options, moments, labelled)
+    _settle(result, options, moments, labelled, cut_vectors)
     return result
 
 
-def _settle(result: Scan, options: ScanOptions, moments: dict[int, stats.RunningMoments], labelled: bool) -> None:
+def _settle(
+    result: Scan, options: ScanOptions, moments: dict[int, stats.RunningMoments], labelled: bool, cut_vectors: bool
+) -> None:
     """Decide what only the whole set can tell: its width, its duplicates, its notes."""
-    known = result.stored.statistics.mean.size if result.stored else None
+    result.fingerprint = _fingerprint(result.records)
     shapes = collections.Counter(record.shape for record in result.records)
-    result.dim = options.dim or known or _common_width(shapes)
-    result.leave_out(_misfits(result, bool(options.dim or known) or result.dim in _sequence_widths(shapes)))
-    if known and shapes and not result.records:
+    bound = _width_of_statistics(result, options)
+    known = options.dim or bound
+    result.dim = known or _common_width(shapes)
+    result.cuts_vectors = cut_vectors and bool(known or result.dim in _sequence_widths(shapes))
+    result.leave_out(_misfits(result))
+    if bound and shapes and not result.records:
         shape = shapes.most_common(1)[0][0]
-        raise DataError("bad-statistics", f"{stats.MEAN_FILE} has {known} numbers and the files have shape {shape}")
+        raise DataError("bad-statistics", f"{stats.MEAN_FILE} has {bound} numbers and the files have shape {shape}")
     result.features = [array.reshape(-1, result.dim) for array in result.features]
     result.moments = moments[result.dim].merged() if result.dim in moments else None
+    result.leave_out(_absurd(result))
     if labelled:
         result.leave_out(_duplicates(result))
         result.notes += sorted(_notes(result))
     result.findings.sort()
+
+
+def _fingerprint(records: list[Record]) -> str:
+    """Hash of the names and contents of files: another set has another one."""
+    listing = "\n".join(f"{record.file!r} {record.shape} {record.crc}" for record in records)
+    return hashlib.sha256(listing.encode()).hexdigest()[:16]
+
+
+def _width_of_statistics(result: Scan, options: ScanOptions) -> int | None:
+    """The width that the statistics files bind the set to: the user's own do, ours only if they are for these files."""
+    if result.stored is None or result.statistics_are_stale:
+        return None
+    width = result.stored.statistics.mean.size
+    if result.stored.supplied and options.dim not in (None, width):
+        raise DataError("bad-statistics", f"{stats.MEAN_FILE} has {width} numbers and --dim says {options.dim}")
+    return width
+
+
+def _absurd(result: Scan) -> dict[str, tuple[str, str]]:
+    """Files whose features are a thousand times as large as those of the rest, or as small: damage that is finite."""
+    size = np.array([record.rms for record in result.records])
+    if len(size) < 10 or not (middle := np.median(size)):
+        return {}
+    return {
+        record.file: ("absurd-scale", f"its values are about {record.rms:.3g} and those of the set about {middle:.3g}")
+        for record in result.records
+        if not middle / 1000 < record.rms < middle * 1000
+    }
 
 
 def _duplicates(result: Scan) -> dict[str, tuple[str, str]]:
@@ -1041,8 +1086,8 @@ def _statistics_line(result: Scan) -> str:
         return "none here; train.py will compute them and save them here"
     if result.stored.supplied:
         return f"{pair} are yours and apply everywhere"
-    if result.stored.fingerprint != result.fingerprint():
-        return f"{pair} were computed for OTHER files; train.py --recompute-stats renews them"
+    if result.statistics_are_stale:
+        return f"{pair} were computed for OTHER files and are not used; train.py --recompute-stats renews them"
     return f"{pair} were computed for these files"
 
 
@@ -1134,15 +1179,31 @@ def main(arguments: list[str] | None = None) -> int:
     limit, as_json = None if given.pop("all") else 20, given.pop("json")
     try:
         result = scan(ScanOptions(**given))
+        if as_json:
+            sys.stdout.write(stats.json_bytes(report(result)).decode())
+        else:
+            for line in (*findings_report(result, limit), *summary(result), *_verdict(result)):
+                print(line)
+        sys.stdout.flush()
     except (UsageError, DataError) as error:
         print(f"check_data.py: {error}", file=sys.stderr)
         return 2
-    if as_json:
-        sys.stdout.write(stats.json_bytes(report(result)).decode())
-    else:
-        for line in (*findings_report(result, limit), *summary(result), *_verdict(result)):
-            print(line)
     return exit_status(result)
+
+
+def guarded(program: Callable[[], int]) -> int:
+    """Run a program so that a reader who has gone (141), Ctrl-C (130) or an odd encoding never gives a traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        return program()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the flush at exit fails once more
+        return 141
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
 
 
 def _verdict(result: Scan) -> Iterator[str]:
@@ -1154,4 +1215,4 @@ def _verdict(result: Scan) -> Iterator[str]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(guarded(main))

@@ -125,30 +125,38 @@ def npy_array(blob: bytes | memoryview) -> np.ndarray:
     return flat.reshape(header.shape, order="F" if header.fortran_order else "C")
 
 
-def write_atomic(path: Path, blob: bytes) -> None:
-    """Replace a file in one step: after a crash or on a full disk the old one is whole and nothing else is left.
+def write_files(folder: Path, blobs: dict[str, bytes]) -> None:
+    """Replace files together: all are written beside the old ones first, then renamed over them in the given order.
+
+    On a full disk the old ones are whole and nothing else is left.
 
     Raises
     ------
     OSError
-        With its errno and the file's name.
+        With its errno and the name of the file.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = {name: folder / f".{name}.tmp" for name in blobs}
+    name = ""
     try:
-        with open(temporary, "wb") as file:
-            file.write(blob)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
+        for name, blob in blobs.items():
+            with open(temporary[name], "wb") as file:
+                file.write(blob)
+                file.flush()
+                os.fsync(file.fileno())
+        for name in blobs:
+            os.replace(temporary[name], folder / name)
+    except BaseException as error:
+        for path in temporary.values():
+            path.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise OSError(error.errno, error.strerror, str(folder / name)) from None
         raise
     if os.name == "posix":
-        folder = os.open(path.parent, os.O_RDONLY)
+        descriptor = os.open(folder, os.O_RDONLY)
         try:
-            os.fsync(folder)
+            os.fsync(descriptor)
         finally:
-            os.close(folder)
+            os.close(descriptor)
 
 
 def npy_bytes(array: np.ndarray) -> bytes:
@@ -292,53 +300,61 @@ def _sha256(blob: bytes) -> str:
 def load(folder: Path) -> Stored | None:
     """Load `wav2vec_mean.npy` and `wav2vec_std.npy`; None if they are not there, or if our own saving was cut off.
 
-    The json beside them says that they were computed here and for which files; a pair without one, or one whose
-    two files both differ from it, was supplied by the user.
+    The json beside them names the hashes of what was computed here, and for which files. A pair without it, or one
+    that it does not know, was supplied by the user.
 
     Raises
     ------
     DataError
-        `bad-statistics`: one of the pair is missing, or they hold anything but finite numbers of one width.
+        `bad-statistics`: one of the pair is missing or was exchanged alone, or they hold anything but finite numbers
+        of one width.
     """
     paths = [folder / MEAN_FILE, folder / STD_FILE]
     there = [path for path in paths if path.is_file()]
-    try:
-        binding = json.loads((folder / BINDING_FILE).read_text())
-        intact = [path in there and _sha256(path.read_bytes()) == binding["sha256"][path.name] for path in paths]
-        fingerprint = str(binding["fingerprint"])
-    except FileNotFoundError:
-        intact, fingerprint = [], None
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise DataError(
-            "bad-statistics",
-            f"{BINDING_FILE} is damaged; delete it with the two files, or with it alone to keep them as yours",
-        ) from None
-    if not there or (intact and len(there) < 2) or (intact and any(intact) != all(intact)):
+    binding = _binding(folder)
+    ours = [path for path in there if _sha256(path.read_bytes()) == binding["sha256"].get(path.name)]
+    if not there or (len(there) == len(ours) == 1):
         return None
     if len(there) == 1:
         missing = (set(paths) - set(there)).pop().name
         raise DataError("bad-statistics", f"{there[0].name} is there but {missing} is not; add it, or delete the other")
+    if len(ours) == 1:
+        foreign = (set(paths) - set(ours)).pop().name
+        advice = f"supply both files, or delete {foreign} to have both computed"
+        raise DataError("bad-statistics", f"{ours[0].name} was computed here and {foreign} was not; {advice}")
     mean, std = map(_read_statistic, paths)
     if mean.shape != std.shape:
         raise DataError("bad-statistics", f"{MEAN_FILE} has {mean.size} numbers and {STD_FILE} has {std.size}")
     if (std < 0).any():
         raise DataError("bad-statistics", f"{STD_FILE} holds {(std < 0).sum()} negative values")
-    supplied = not any(intact)
-    return Stored(Statistics(mean, std), supplied, None if supplied else fingerprint)
+    return Stored(Statistics(mean, std), not ours, binding["fingerprint"] if ours else None)
+
+
+def _binding(folder: Path) -> dict:
+    try:
+        binding = json.loads((folder / BINDING_FILE).read_text())
+        return {"sha256": dict(binding["sha256"]), "fingerprint": str(binding["fingerprint"])}
+    except FileNotFoundError:
+        return {"sha256": {}, "fingerprint": ""}
+    except (OSError, ValueError, KeyError, TypeError):
+        raise DataError(
+            "bad-statistics", f"{BINDING_FILE} is damaged; delete it if the two files are yours, else all three"
+        ) from None
 
 
 def save(folder: Path, statistics: Statistics, fingerprint: str) -> None:
     """Save the pair and the json that binds it.
 
-    The json goes first and names the hashes of the files to come: if we are cut off, what is there does not fit it
-    and is computed again. Written last, a crash just before it would leave a pair that looks like the user's own.
+    The json goes first and names the hashes of the files to come, after an older pair is gone: wherever we are cut
+    off, what is there is known as ours and incomplete, and is computed again. Written last, a crash just before it
+    would leave a pair that looks like the user's own.
     """
     blobs = {MEAN_FILE: npy_bytes(statistics.mean), STD_FILE: npy_bytes(statistics.std)}
-    (folder / STD_FILE).unlink(missing_ok=True)
+    for name in blobs:
+        (folder / name).unlink(missing_ok=True)
     binding = {"sha256": {name: _sha256(blob) for name, blob in blobs.items()}, "fingerprint": fingerprint}
-    write_atomic(folder / BINDING_FILE, json.dumps(binding, indent=2).encode())
-    for name, blob in blobs.items():
-        write_atomic(folder / name, blob)
+    write_files(folder, {BINDING_FILE: json_bytes(binding)})
+    write_files(folder, blobs)
 
 
 # --- scores -------------------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ import importlib.util
 import io
 import json
 import logging
+import logging.handlers
 import math
 import os
 import platform
@@ -72,6 +73,8 @@ class Config(check_data.ScanOptions):
 
     def __post_init__(self):
         super().__post_init__()
+        for name in ("out", "predict", "folds"):
+            demand(getattr(self, name) != "", name, "more than an empty text")
         for name in ("seeds", "epochs", "patience", "batch", "width"):
             demand(getattr(self, name) >= 1, name, "at least 1")
         for name in ("learning_rate", "clip"):
@@ -179,8 +182,10 @@ def _speakers(utterances: list[emotions.Utterance]) -> tuple[np.ndarray, bool, l
     unknown = sum(utterance.speaker is None for utterance in utterances)
     known = len({utterance.speaker for utterance in utterances} - {None})
     if known >= 2:
-        notes = [f"{unknown} files do not tell their speaker; those of one corpus are kept together"] if unknown else []
-        return np.array(names), True, notes
+        kept = (
+            f"{unknown} files do not tell their speaker, who may be one of the known: NOT speaker-independent for them"
+        )
+        return np.array(names), not unknown, [kept] * bool(unknown)
     told = f"only one speaker ({names[0]})" if known else "no speaker"
     note = f"the names tell {told}: files are split at random; the figure is NOT speaker-independent and too good"
     return np.array([utterance.file for utterance in utterances]), False, [note]
@@ -227,7 +232,7 @@ def make_plan(dataset: Dataset, config: Config) -> Plan:
         If the folds that were asked for cannot be made from these speakers.
     """
     speaker, independent, notes = _speakers(dataset.utterances)
-    if not config.folds.isdecimal() and not independent:
+    if not config.folds.isdecimal() and not independent and len(set(speaker)) == len(speaker):
         raise check_data.UsageError(f"--folds {config.folds} needs names that tell their speakers; use --folds 5")
     fold, more = _test_folds(config.folds, speaker, dataset.label, config.seed)
     notes = notes + more
@@ -246,8 +251,27 @@ def make_plan(dataset: Dataset, config: Config) -> Plan:
         train += [rest & ~held for held in held_out]
         validation += held_out
     plan = Plan(config.folds, fold, np.array(train), np.array(validation), speaker, independent, notes)
+    for side in (plan.train, plan.validation):
+        empty = np.flatnonzero(~side.any(1))
+        if empty.size:
+            where = _member_name(int(empty[0]), folds, config.seeds)
+            raise check_data.UsageError(
+                f"--folds {config.folds} leaves nobody to train on or to validate with (fold {where}); add speakers"
+            )
     check_disjoint(plan)
-    return plan
+    return plan._replace(notes=notes + _missing_classes(dataset, plan, config.seeds))
+
+
+def _missing_classes(dataset: Dataset, plan: Plan, seeds: int) -> list[str]:
+    """Say where a class is tested by models that never trained on it."""
+    notes = []
+    for fold in range(plan.folds):
+        trained = plan.train[fold * seeds : (fold + 1) * seeds].any(0)
+        never = set(dataset.label[plan.fold == fold]) - set(dataset.label[trained])
+        if never:
+            names = ", ".join(dataset.classes[label] for label in sorted(never))
+            notes.append(f"fold {fold + 1} tests {names} without having trained on it: too few speakers have it")
+    return notes
 
 
 def _rotation(
@@ -266,15 +290,20 @@ def _rotation(
     return [block == seed % blocks for seed in range(config.seeds)], note
 
 
-def check_disjoint(plan: Plan) -> None:
+def check_disjoint(plan: Plan) -> bool:
     """Make sure that no utterance and, but for single speakers, no speaker is on two sides of any split.
+
+    Returns
+    -------
+    bool
+        False where one speaker had to be shared by training and validation.
 
     Raises
     ------
     RuntimeError
         If one is: that would be a fault of this program, and no figure may come of it.
     """
-    seeds = len(plan.train) // (plan.folds + 1)
+    seeds, shared = len(plan.train) // (plan.folds + 1), False
     for member, (train, validation) in enumerate(zip(plan.train, plan.validation)):
         test = plan.fold == member // seeds
         sides = [set(plan.speaker[side]) for side in (train, validation, test)]
@@ -283,6 +312,8 @@ def check_disjoint(plan: Plan) -> None:
             raise RuntimeError(f"member {member}: an utterance is on two sides of the split, or a side is empty")
         if sides[2] & (sides[0] | sides[1]) or (sides[0] & sides[1] and not lonely):
             raise RuntimeError(f"member {member}: a speaker is on two sides of the split")
+        shared = shared or bool(sides[0] & sides[1])
+    return not shared
 
 
 def member_statistics(dataset: Dataset, plan: Plan, stored: stats.Stored) -> tuple[np.ndarray, np.ndarray]:
@@ -409,14 +440,14 @@ def start_jax() -> str:
 # --- the model ----------------------------------------------------------------------------------------------------
 
 
-def build_network(config: Config, classes: int) -> Any:
+def build_network(width: int, dropout: float, classes: int) -> Any:
     """The flax classifier: one hidden layer, from (..., D) normalised features to (..., C) logits."""
 
     class Classifier(nn.Module):
         @nn.compact
         def __call__(self, x, training):
-            hidden = nn.relu(nn.Dense(config.width)(x))
-            hidden = nn.Dropout(config.dropout, deterministic=not training)(hidden)
+            hidden = nn.relu(nn.Dense(width)(x))
+            hidden = nn.Dropout(dropout, deterministic=not training)(hidden)
             return nn.Dense(classes)(hidden)
 
     return Classifier()
@@ -628,7 +659,7 @@ def make_task(dataset: Dataset, plan: Plan, config: Config) -> Task:
     longest = int(plan.train.sum(1).max())
     batch = min(config.batch, max(longest // STEPS_AN_EPOCH, 2))
     classes = len(dataset.classes)
-    return Task(config, build_network(config, classes), classes, batch, -(-longest // batch))
+    return Task(config, build_network(config.width, config.dropout, classes), classes, batch, -(-longest // batch))
 
 
 def stack_members(dataset: Dataset, plan: Plan, stored: stats.Stored, batch: int) -> Member:
@@ -647,7 +678,7 @@ def train(dataset: Dataset, plan: Plan, stored: stats.Stored, config: Config) ->
     Raises
     ------
     TrainingError
-        If the steps of a member are not finite five times in a row.
+        If the steps of a member are not finite five times in a row, or its outputs are not.
     """
     task = make_task(dataset, plan, config)
     members, x, label, root = jax.device_put(
@@ -664,7 +695,11 @@ def train(dataset: Dataset, plan: Plan, stored: stats.Stored, config: Config) ->
         _say_progress(history, active, len(plan.train), config.epochs, time.perf_counter() - started)
         if not active:
             break
+    if not np.isfinite(state.best_loss).all():
+        raise TrainingError("no epoch of a fold had a finite validation loss; look at the features with check_data.py")
     logits = jax.jit(functools.partial(all_logits, task.network))(state.best, members.mean, members.scale, x)
+    if not np.isfinite(logits).all():
+        raise TrainingError("the features of an utterance overflow the network; look at them with check_data.py")
     averaged = np.asarray(logits, np.float64).reshape(plan.folds + 1, config.seeds, *logits.shape[1:]).mean(1)
     return Trained(
         jax.device_get(state.best), averaged, np.asarray(state.best_epoch), np.asarray(state.skipped), history
@@ -710,7 +745,7 @@ def _say_progress(history: list[dict], active: int, population: int, epochs: int
 # --- evaluation ---------------------------------------------------------------------------------------------------
 
 
-def evaluate(dataset: Dataset, plan: Plan, trained: Trained, config: Config) -> tuple[dict, np.ndarray]:
+def evaluate(dataset: Dataset, plan: Plan, trained: Trained, supplied: bool, config: Config) -> tuple[dict, np.ndarray]:
     """Score the out-of-fold predictions.
 
     Returns
@@ -741,7 +776,10 @@ def evaluate(dataset: Dataset, plan: Plan, trained: Trained, config: Config) -> 
         "speakers": {str(name): _plain(stats.scores(counts)) for name, counts in zip(names, by_speaker)}
         if plan.independent
         else {},
-        "notes": plan.notes,
+        "statistics": "supplied by the user" if supplied else "of the training speakers",
+        "notes": plan.notes
+        + ["your own statistics apply to every fold; if they were computed here, they know the test speakers"]
+        * supplied,
     }
     return metrics, probability
 
@@ -829,13 +867,15 @@ def save_run(
     probability: np.ndarray,
     config: Config,
 ) -> None:
-    """Write every artifact of a run, each in one step; the model comes last but for metrics.json, which closes it."""
+    """Write every artifact of a run; all are on the disk before the first replaces an older one."""
     final = jax.tree.map(lambda leaf: leaf[plan.folds * config.seeds :], trained.params)
     described = {
         "format": 1,
         "classes": list(dataset.classes),
         "dim": scan.dim,
         "pooling": "mean",
+        "cuts_vectors": scan.cuts_vectors,
+        "data": str(scan.directory.resolve()),
         "options": dataclasses.asdict(config),
     }
     confusion = [
@@ -853,8 +893,7 @@ def save_run(
         "model.npz": model_bytes(final, stored.statistics),
         "metrics.json": stats.json_bytes(metrics),
     }
-    for name, blob in artifacts.items():
-        stats.write_atomic(run / name, blob)
+    stats.write_files(run, artifacts)
 
 
 # --- the report ---------------------------------------------------------------------------------------------------
@@ -933,16 +972,19 @@ def _statistics(scan: check_data.Scan, dataset: Dataset, run: Path, config: Conf
         if config.recompute_stats:
             raise check_data.UsageError(f"{stats.MEAN_FILE} and {stats.STD_FILE} in DIR are yours: move them away")
         log.info(f"statistics: yours, from {stats.MEAN_FILE} and {stats.STD_FILE} in DIR; they apply everywhere")
-    elif stored and not config.recompute_stats:
+    elif stored and not config.recompute_stats and not scan.statistics_are_stale:
         log.info("statistics: the final model has those saved in DIR, every fold those of its own training speakers")
-        if stored.fingerprint != scan.fingerprint():
-            log.info("statistics: THOSE IN DIR WERE COMPUTED FOR OTHER FILES; --recompute-stats renews them")
     else:
-        stored = stats.Stored(dataset.moments.merged().statistics(), False, scan.fingerprint())
-        place = scan.directory if os.access(scan.directory, os.W_OK) else run
-        stats.save(place, stored.statistics, scan.fingerprint())
-        log.info(f"statistics: computed and saved in {check_data.printable(str(place))} for the final model;")
-        log.info("            every fold has those of its own training speakers")
+        stale = scan.statistics_are_stale and not config.recompute_stats
+        stored = stats.Stored(dataset.moments.merged().statistics(), False, scan.fingerprint)
+        if stale:
+            log.info("statistics: THOSE IN DIR WERE COMPUTED FOR OTHER FILES AND ARE NOT USED;")
+            log.info("            --recompute-stats renews them there, this run saves its own with its results")
+        else:
+            place = scan.directory if os.access(scan.directory, os.W_OK) else run
+            stats.save(place, stored.statistics, scan.fingerprint)
+            log.info(f"statistics: computed and saved in {check_data.printable(str(place))} for the final model;")
+            log.info("            every fold has those of its own training speakers")
     constant = np.flatnonzero(stored.statistics.constant())
     if constant.size:
         named = ", ".join(map(str, constant[:10])) + " ..." * (constant.size > 10)
@@ -957,31 +999,52 @@ def _say_plan(plan: Plan, seeds: int) -> None:
             tested = _names(plan, plan.fold == fold)
             shown = " ".join(tested[:6]) + f" ... ({len(tested)})" * (len(tested) > 6)
             log.info(f"  fold {fold + 1} tests {check_data.printable(shown)}")
-        log.info("  no speaker is in more than one of training, validation and test: checked")
+        if check_disjoint(plan):
+            log.info("  no speaker is in more than one of training, validation and test: checked")
     for note in plan.notes:
         log.info(f"note: {note}")
 
 
 def run_training(config: Config) -> int:
     run = Path(config.out or Path("runs") / (Path(config.directory).resolve().name or "data"))
-    check_data.folder(config.directory)
+    _refuse_foreign(run, check_data.folder(config.directory))
     run.mkdir(parents=True, exist_ok=True)
-    file_log = logging.FileHandler(run / "train.log", "w", encoding="utf-8", errors="backslashreplace")
-    log.addHandler(file_log)
+    # Held back until the data are found good: a run that cannot start must not replace the log of one that could.
+    held = logging.handlers.MemoryHandler(1 << 30, flushLevel=logging.CRITICAL, flushOnClose=False)
+    log.addHandler(held)
     try:
-        console = _scan_train_report(config, run)
-        file_log.stream.write(console.export_text())
+        console = _scan_train_report(config, run, held)
+        held.target.stream.write(console.export_text())
     finally:
-        log.removeHandler(file_log)
-        file_log.close()
+        log.removeHandler(held)
+        if held.target:
+            held.target.close()
     return 0
 
 
-def _scan_train_report(config: Config, run: Path) -> Console:
+def _refuse_foreign(run: Path, directory: Path) -> None:
+    """Keep results out of the data, and those of other data as they are."""
+    name = check_data.printable(str(run))
+    if run.resolve() == directory.resolve():
+        raise check_data.UsageError(f"--out {name} is the folder of the features; choose another")
+    try:
+        data = json.loads((run / "config.json").read_text())["data"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    if data != str(directory.resolve()):
+        told = check_data.printable(str(data))
+        raise check_data.UsageError(f"{name} holds the results for {told}; choose another --out, or remove them")
+
+
+def _scan_train_report(config: Config, run: Path, held: logging.handlers.MemoryHandler) -> Console:
     started = time.perf_counter()
     device = start_jax()
     log.info(f"device: {device}")
-    given = {name: value for name, value in dataclasses.asdict(config).items() if value not in (None, False, ())}
+    given = {
+        name: value
+        for name, value in dataclasses.asdict(config).items()
+        if value is not None and value is not False and value != ()
+    }
     log.info("settings: " + check_data.printable(", ".join(f"{name} {value}" for name, value in given.items())))
     if not os.access(config.directory, os.W_OK):
         log.info(f"statistics: DIR is read-only, so they will be saved in {check_data.printable(str(run))}")
@@ -994,8 +1057,11 @@ def _scan_train_report(config: Config, run: Path) -> Console:
     plan = make_plan(dataset, config)
     stored = _statistics(scan, dataset, run, config)
     _say_plan(plan, config.seeds)
+    held.setTarget(logging.FileHandler(run / "train.log", "w", encoding="utf-8", errors="backslashreplace"))
+    held.flush()
+    held.capacity = 0  # from now on each line at once
     trained = train(dataset, plan, stored, config)
-    metrics, probability = evaluate(dataset, plan, trained, config)
+    metrics, probability = evaluate(dataset, plan, trained, stored.supplied, config)
     metrics |= {"left_out": scan.left_out(), "device": device, "versions": _versions()}
     metrics |= {"seconds": round(time.perf_counter() - started, 1)}
     save_run(run, scan, dataset, plan, trained, stored, metrics, probability, config)
@@ -1007,42 +1073,74 @@ def _versions() -> dict[str, str]:
     return {"python": platform.python_version()} | packages
 
 
+class Model(NamedTuple):
+    """A trained model as its files tell it; the arrays have the seeds as their first axis."""
+
+    classes: tuple[str, ...]
+    dim: int
+    cuts_vectors: bool
+    statistics: tuple[np.ndarray, np.ndarray]
+    params: dict
+
+
+def load_model(run: Path) -> Model:
+    """Read the model of a run.
+
+    Raises
+    ------
+    check_data.UsageError
+        If it is not there, damaged, or holds a NaN.
+    """
+    name = check_data.printable(str(run))
+    try:
+        described = json.loads((run / "config.json").read_text())
+        arrays = check_data.read_arrays(run / "model.npz")
+        mean, scale = arrays.pop("mean"), arrays.pop("scale")
+        classes, dim = tuple(map(str, described["classes"])), int(described["dim"])
+        cuts = bool(described["cuts_vectors"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise check_data.UsageError(f"{name} holds no finished model: {error}") from None
+    kernel = arrays.get("params/Dense_0/kernel", np.zeros(0))
+    seeds, width = kernel.shape[0], kernel.shape[-1]
+    wanted = {
+        "params/Dense_0/kernel": (seeds, dim, width),
+        "params/Dense_0/bias": (seeds, width),
+        "params/Dense_1/kernel": (seeds, width, len(classes)),
+        "params/Dense_1/bias": (seeds, len(classes)),
+    }
+    if {path: array.shape for path, array in arrays.items()} != wanted or {mean.shape, scale.shape} != {(dim,)}:
+        raise check_data.UsageError(f"{name}: config.json and model.npz do not belong together")
+    if not all(np.isfinite(array).all() for array in (mean, scale, *arrays.values())):
+        raise check_data.UsageError(f"{name}: the model holds NaN or Inf")
+    return Model(classes, dim, cuts, (mean, scale), unflatten(arrays))
+
+
 def run_prediction(config: Config) -> int:
     """Label the files of DIR with the final model of a run; labels in the names are not needed."""
-    model = Path(config.predict)
-    try:
-        described = json.loads((model / "config.json").read_text())
-        classes, dim, options = tuple(described["classes"]), described["dim"], described["options"]
-        arrays = check_data.read_arrays(model / "model.npz")
-        mean, scale = arrays.pop("mean"), arrays.pop("scale")
-        params = unflatten(arrays)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise check_data.UsageError(f"{check_data.printable(str(model))} holds no finished model: {error}") from None
+    model = load_model(Path(config.predict))
+    out = Path(config.out or Path(config.predict) / f"predict-{Path(config.directory).resolve().name}")
+    if (out / "metrics.json").exists():
+        told = check_data.printable(str(out))
+        raise check_data.UsageError(f"{told} holds the results of a training run; choose another --out")
     log.info(f"device: {start_jax()}")
+    wanted = dataclasses.replace(config, dim=model.dim)
     scan = check_data.scan(
-        dataclasses.replace(config, dim=dim), labelled=False, keep_features=True, progress=_scan_progress()
+        wanted, labelled=False, keep_features=True, cut_vectors=model.cuts_vectors, progress=_scan_progress()
     )
     for line in check_data.findings_report(scan):
         log.info(line)
     if not scan.records:
-        raise check_data.UsageError(f"no file can be used; the model wants features {dim} wide")
+        raise check_data.UsageError(f"no file can be used; the model wants features {model.dim} wide")
     x = np.stack([stats.Moments.of(frames).mean for frames in scan.features]).astype(np.float32)
-    network = build_network(Config(**options), len(classes))
-    logits = jax.jit(functools.partial(all_logits, network))(
-        params, *(np.stack([a] * len(params["Dense_0"]["bias"])) for a in (mean, scale)), x
-    )
+    seeds, width = model.params["Dense_0"]["bias"].shape
+    network = build_network(width, 0.0, len(model.classes))
+    mean, scale = (np.stack([array] * seeds) for array in model.statistics)
+    logits = jax.jit(functools.partial(all_logits, network))(model.params, mean, scale, x)
     probability = stats.probabilities(np.asarray(logits, np.float64).mean(0))
-    rows = [
-        {"file": record.utterance.file} | _predicted(classes, row) for record, row in zip(scan.records, probability)
-    ]
-    out = Path(config.out) if config.out else model / f"predict-{Path(config.directory).resolve().name}"
-    if (out / "metrics.json").exists():
-        raise check_data.UsageError(
-            f"{check_data.printable(str(out))} holds the results of a training run; choose another --out"
-        )
+    rows = [{"file": record.file} | _predicted(model.classes, row) for record, row in zip(scan.records, probability)]
     out.mkdir(parents=True, exist_ok=True)
-    stats.write_atomic(out / "predictions.csv", stats.csv_bytes(rows))
-    counts = ", ".join(f"{name} {(probability.argmax(1) == index).sum()}" for index, name in enumerate(classes))
+    stats.write_files(out, {"predictions.csv": stats.csv_bytes(rows)})
+    counts = ", ".join(f"{name} {(probability.argmax(1) == index).sum()}" for index, name in enumerate(model.classes))
     print(f"{len(rows)} files labelled, {len(scan.findings)} left out: {counts}")
     print(check_data.printable(str(out / "predictions.csv")))
     return 1 if scan.findings else 0
@@ -1054,7 +1152,11 @@ def main(arguments: list[str] | None = None) -> int:
     log.setLevel(logging.INFO)
     try:
         config = parse_config(arguments)
-        return run_prediction(config) if config.predict else run_training(config)
+        status = run_training(config) if config.predict is None else run_prediction(config)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:
+        raise
     except (check_data.UsageError, stats.DataError) as error:
         log.error("train.py: %s", error)
         return 2
@@ -1064,10 +1166,7 @@ def main(arguments: list[str] | None = None) -> int:
     except OSError as error:
         log.error("train.py: %s: %s", check_data.printable(str(error.filename)), error.strerror)
         return 1
-    except KeyboardInterrupt:
-        log.error("train.py: interrupted")
-        return 130
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(check_data.guarded(main))

@@ -19,7 +19,7 @@ sys.path.insert(0, str(ROOT))
 import emotions  # noqa: E402
 
 SEED, DIM = 20, 48
-_CODE_OF = {word: code for code, word in emotions.CORPORA["cremad"].codes["emotion"].items()}
+_CODE_OF = {word: code.upper() for code, word in emotions.CORPORA["cremad"].codes["emotion"].items()}
 
 
 def names(actors: int, sentences: int) -> Iterator[tuple[str, str, str]]:
@@ -31,7 +31,7 @@ def names(actors: int, sentences: int) -> Iterator[tuple[str, str, str]]:
                 name = f"03-01-{number:02d}-01-{statement + 1:02d}-{repetition + 1:02d}-{actor:02d}"
                 yield f"ravdess_{name}", emotion, f"ravdess:{actor:02d}"
                 if emotion in _CODE_OF:
-                    words = ("TIE", "IOM", "IWW", "TAI")[sentence]
+                    words = ("IOM", "TAI", "DFA", "ITS")[sentence]
                     yield f"cremad_{1000 + actor}_{words}_{_CODE_OF[emotion]}_XX", emotion, f"cremad:{1000 + actor}"
 
 

@@ -1,6 +1,8 @@
 import io
+import json
 import os
 import pickle
+import shutil
 import socket
 import struct
 import subprocess
@@ -10,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from make_sample import write_sample
 
 import check_data
 import stats
@@ -340,7 +343,7 @@ def test_a_bad_file_spoils_no_good_one(sample):
     both = scan(sample)
     assert both.records == good.records
     assert both.left_out() == {"unknown-name": 2}
-    assert both.fingerprint() == good.fingerprint()
+    assert both.fingerprint == good.fingerprint
 
 
 def test_hidden_files_and_results_of_runs_are_passed_over(sample):
@@ -396,7 +399,7 @@ def test_flat_sequences_are_reshaped_when_statistics_or_option_tell_the_width(tm
     for k in range(3):
         named(tmp_path, k, emb=numbers(8 * (2 + k), seed=k))
     assert [record.shape for record in scan(tmp_path, dim=8).records] == [(16,), (24,), (32,)]
-    stats.save(tmp_path, stats.Moments.of(numbers(9, 8)).statistics(), "print")
+    supply(tmp_path, 8)
     assert [len(frames) for frames in scan(tmp_path, keep_features=True).features] == [2, 3, 4]
 
 
@@ -416,11 +419,243 @@ def test_a_tie_of_widths_asks(tmp_path):
     assert len(scan(tmp_path, dim=12).records) == 2
 
 
+def supply(folder, dim):
+    np.save(folder / stats.MEAN_FILE, np.zeros(dim, np.float32))
+    np.save(folder / stats.STD_FILE, np.ones(dim, np.float32))
+
+
 def test_statistics_of_another_width_are_refused_with_both_numbers(tmp_path):
     named(tmp_path, 0, emb=numbers(8))
-    stats.save(tmp_path, stats.Moments.of(numbers(9, 5)).statistics(), "print")
+    supply(tmp_path, 5)
     with pytest.raises(stats.DataError, match=r"has 5 numbers and the files have shape \(8,\)"):
         scan(tmp_path)
+    with pytest.raises(stats.DataError, match=r"has 5 numbers and --dim says 8"):
+        scan(tmp_path, dim=8)
+
+
+def test_our_own_statistics_for_other_files_bind_no_width(tmp_path):
+    """Once 4 wide, now 8: the vectors must not be cut in two to fit statistics of yesterday."""
+    for k in range(3):
+        named(tmp_path, k, emb=numbers(8, seed=k))
+    stats.save(tmp_path, stats.Moments.of(numbers(9, 4)).statistics(), "yesterday")
+    result = scan(tmp_path)
+    assert (result.dim, result.statistics_are_stale, result.cuts_vectors) == (8, True, False)
+
+
+def test_changed_contents_make_our_statistics_stale(sample):
+    first = scan(sample)
+    stats.save(sample, first.moments.statistics(), first.fingerprint)
+    assert not scan(sample).statistics_are_stale
+    path = sample / first.records[0].file
+    np.savez(path, emb=read_features(path).array * 2)
+    assert scan(sample).statistics_are_stale
+
+
+def test_sequences_stored_the_wrong_way_round_are_said_and_turned_on_request(tmp_path):
+    frames = [numbers(3 + k, 8, seed=k) for k in range(4)]
+    for k, array in enumerate(frames):
+        named(tmp_path, k, emb=np.ascontiguousarray(array.T))
+    assert scan(tmp_path).left_out() == {"transposed": 4}
+    turned = scan(tmp_path, transpose=True, keep_features=True)
+    for kept, array in zip(turned.features, frames, strict=True):
+        np.testing.assert_array_equal(kept, array)
+
+
+def test_one_sequence_the_wrong_way_round_is_not_guessed(tmp_path):
+    for k in range(4):
+        named(tmp_path, k, emb=numbers(*((8, 3) if k == 2 else (3, 8)), seed=k))
+    result = scan(tmp_path)
+    assert [(finding.file[-6:], finding.code) for finding in result.findings] == [("03.npz", "transposed")]
+
+
+# --- names that the user explains ---
+
+
+def test_a_pattern_of_the_user_labels_files(tmp_path):
+    for k, name in enumerate(["anna-Joy-1", "anna-whisper-2", "bert-joy-1", "odd"]):
+        write(tmp_path / f"{name}.npz", emb=numbers(8, seed=k))
+    result = scan(tmp_path, pattern=r"(?P<speaker>\w+)-(?P<emotion>\w+)-\d")
+    assert [(r.utterance.emotion, r.utterance.speaker) for r in result.records] == [
+        ("happy", "own:anna"),
+        ("whisper", "own:anna"),
+        ("happy", "own:bert"),
+    ]
+    assert result.left_out() == {"unknown-name": 1}
+
+
+def test_a_pattern_may_look_at_the_folders(tmp_path):
+    (tmp_path / "anna").mkdir()
+    write(tmp_path / "anna" / "sad1.npz")
+    (record,) = scan(tmp_path, pattern=r"(?P<speaker>\w+)/(?P<emotion>[a-z]+)\d").records
+    assert (record.utterance.speaker, record.utterance.emotion) == ("own:anna", "sad")
+
+
+@pytest.mark.parametrize(("pattern", "told"), [("(", "no regular expression"), (r"(?P<mood>\w+)", "needs a group")])
+def test_a_pattern_that_cannot_work_is_refused(sample, pattern, told):
+    with pytest.raises(check_data.UsageError, match=told):
+        scan(sample, pattern=pattern)
+
+
+def test_a_table_of_the_user_labels_files(tmp_path):
+    data = tmp_path / "data"
+    data.mkdir()
+    for k in range(4):
+        write(data / f"{k}.npz", emb=numbers(8, seed=k))
+    table = tmp_path / "labels.csv"
+    table.write_text("file,emotion,speaker\n0.wav,Anger,x\n1.npz,sad,\n2,calm,y\n")
+    result = scan(data, labels=str(table))
+    assert [(r.utterance.emotion, r.utterance.speaker) for r in result.records] == [
+        ("angry", "own:x"),
+        ("sad", None),
+        ("calm", "own:y"),
+    ]
+    assert result.left_out() == {"not-in-table": 1}
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        (None, "cannot be read"),
+        ("", "needs a first line"),
+        ("name,emotion\na,sad\n", "needs a first line"),
+        ("file,emotion\na,sad\na.npz,happy\n", "two lines for a"),
+        (b"file,emotion\n\xff,sad\n", "cannot be read"),
+    ],
+)
+def test_a_table_that_cannot_be_used_is_refused(sample, tmp_path, text, told):
+    table = tmp_path / "labels.csv"
+    if text is not None:
+        table.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(check_data.UsageError, match=told):
+        scan(sample, labels=str(table))
+
+
+def test_emotions_are_merged_and_chosen(sample):
+    assert scan(sample, merge=("calm=neutral", "joy=anger")).count("emotion")["neutral"] == 24
+    assert "happy" not in scan(sample, merge=("joy=anger",)).count("emotion")
+    chosen = scan(sample, classes="Happiness, sad")
+    assert chosen.count("emotion") == {"happy": 16, "sad": 16}
+    assert (chosen.unwanted, chosen.findings, check_data.exit_status(chosen)) == (80, [], 0)
+
+
+@pytest.mark.parametrize("options", [{"merge": ("calm",)}, {"corpus": "nowhere"}, {"dim": 0}, {"directory": ""}])
+def test_impossible_scan_options_are_refused(options):
+    with pytest.raises(check_data.UsageError):
+        check_data.ScanOptions(**{"directory": "D", **options})
+
+
+def test_ambiguous_names_ask_for_the_corpus(tmp_path):
+    for actor in range(1, 4):
+        write(tmp_path / f"03-01-05-01-02-01-0{actor}.npz", emb=numbers(8, seed=actor))
+    assert scan(tmp_path).left_out() == {"ambiguous-name": 3}
+    assert scan(tmp_path, corpus="banglaser").count("emotion") == {"neutral": 3}
+    write(tmp_path / "03-01-06-01-02-01-01.npz", emb=numbers(8, seed=9))
+    assert scan(tmp_path).count("emotion") == {"angry": 3, "fear": 1}
+
+
+# --- what ruins a study ---
+
+
+def codes_of_notes(result):
+    return {note.code for note in result.notes}
+
+
+def test_a_good_set_has_no_notes(tmp_path):
+    assert scan(write_sample(tmp_path / "data", actors=8)).notes == []
+
+
+def test_nan_is_read_as_zero_on_request(sample):
+    path = sample / scan(sample).records[0].file
+    array = read_features(path).array
+    array[3] = np.nan
+    np.savez(path, emb=array)
+    assert scan(sample).left_out() == {"not-finite": 1}
+    result = scan(sample, nan_to_zero=True, keep_features=True)
+    assert result.features[0][0, 3] == 0
+    assert np.isfinite(result.features[0]).all()
+
+
+def test_the_same_features_under_two_names(sample):
+    utterances = [record.utterance for record in scan(sample).records]
+    one = utterances[0]
+    (twin,) = [u for u in utterances if u.speaker == one.speaker and u.emotion == one.emotion and u != one]
+    shutil.copy(sample / one.file, sample / twin.file)
+    result = scan(sample)
+    assert "duplicate" in codes_of_notes(result)
+    assert result.findings == []
+
+
+def test_the_same_features_under_two_labels_are_both_left_out(sample):
+    one, other = scan(sample, classes="happy,sad").records[0], scan(sample, classes="sad").records[0]
+    shutil.copy(sample / one.file, sample / other.file)
+    result = scan(sample)
+    assert {(finding.file, finding.code) for finding in result.findings} == {
+        (one.file, "duplicate-conflict"),
+        (other.file, "duplicate-conflict"),
+    }
+
+
+def test_the_same_features_of_two_speakers_cannot_straddle_a_split(sample):
+    records = scan(sample, classes="happy").records
+    one = records[0]
+    other = next(record for record in records if record.utterance.speaker != one.utterance.speaker)
+    shutil.copy(sample / one.file, sample / other.file)
+    assert scan(sample).left_out() == {"duplicate-speaker": 1}
+
+
+def test_files_of_an_absurd_scale_are_left_out_and_large_ones_noted(sample):
+    records = scan(sample).records
+    for record, factor in ((records[0], 1e30), (records[1], 1e-9), (records[2], 20)):
+        np.savez(sample / record.file, emb=read_features(sample / record.file).array * np.float32(factor))
+    result = scan(sample)
+    assert {finding.file for finding in result.findings} == {records[0].file, records[1].file}
+    assert result.left_out() == {"absurd-scale": 2}
+    (note,) = [note for note in result.notes if note.code == "norm-outlier"]
+    assert records[2].file in note.text
+
+
+def test_what_the_names_tell_is_noted(tmp_path):
+    names = [
+        "ravdess_01-01-06-01-02-01-01",  # with its picture
+        "ravdess_03-01-06-01-02-01-01",  # the same without
+        "ravdess_03-02-06-01-02-01-01",  # sung
+        "cremad_1076_MTI_SAD_XX",  # silent
+        "su15",  # no speaker
+    ]
+    for k, name in enumerate(names):
+        write(tmp_path / f"{name}.npz", emb=numbers(8, seed=k))
+    notes = {note.code: note.text for note in scan(tmp_path).notes}
+    assert notes["twins"] == "1: ravdess_01-01-06-01-02-01-01.npz = ravdess_03-01-06-01-02-01-01.npz"
+    assert "03-02-06" in notes["song"]
+    assert "silent" in notes["known-damaged"]
+    assert notes["no-speaker"] == "savee 1"
+    assert {"few-speakers", "few-utterances"} <= notes.keys()
+
+
+def test_video_without_sound_is_left_out(tmp_path):
+    write(tmp_path / "ravdess_02-01-06-01-02-01-01.npz")
+    assert scan(tmp_path).left_out() == {"video-only": 1}
+
+
+def test_dead_dimensions_and_normalised_features_are_noted(sample):
+    records = scan(sample).records
+    block = np.stack([read_features(sample / record.file).array for record in records])
+    block = (block - block.mean(0)) / block.std(0)
+    block[:, 5] = 0.25
+    for record, array in zip(records, block):
+        np.savez(sample / record.file, emb=array)
+    notes = {note.code: note.text for note in scan(sample).notes}
+    assert notes["dead-dimensions"] == "1: 5"
+    assert "already-normalised" in notes
+
+
+def test_imbalance_is_noted(sample):
+    for record in scan(sample, classes="happy").records[2:]:
+        (sample / record.file).unlink()
+    notes = {note.code: note.text for note in scan(sample).notes}
+    assert "happy 2" in notes["imbalance"]
+    assert "happy 2" in notes["few-utterances"]
+    assert "happy 1 speakers" in notes["few-speakers"]
 
 
 # --- the program ---
@@ -480,6 +715,43 @@ def test_the_usual_other_places_are_suggested(tmp_path):
     assert "models/wav2vec" in run(tmp_path / "data").stderr
 
 
+def test_the_report_for_programs_is_the_same_report(sample):
+    (sample / "broken.npz").write_bytes(b"")
+    done = run(sample, "--json")
+    told = json.loads(done.stdout)
+    assert done.returncode == told["exit_status"] == 1
+    assert (told["files"], told["usable"], told["left_out"]) == (113, 112, {"unknown-name": 1})
+    assert told["findings"][0]["remedy"] == check_data.REMEDIES["unknown-name"]
+    assert told["emotion"]["happy"] == 16
+    assert told["speaker"]["ravdess:01"] == 16
+
+
+def test_a_reader_that_goes_away_is_no_fault(sample):
+    done = subprocess.run(
+        f"'{sys.executable}' '{ROOT / 'check_data.py'}' '{sample}' --json | true; echo ${{PIPESTATUS[0]}}",
+        shell=True,
+        executable="/bin/bash",
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout.strip() in ("141", "0")
+    assert done.stderr == ""
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
+def test_any_encoding_of_the_terminal_will_do(tmp_path, encoding):
+    data = tmp_path / "gef\u00fchl"
+    data.mkdir()
+    write(data / "\u60b2\u3057\u3044.npz")
+    environment = os.environ | {"PYTHONIOENCODING": encoding, "LC_ALL": "C"}
+    done = subprocess.run(
+        [sys.executable, ROOT / "check_data.py", data], env=environment, capture_output=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (2, b"")
+    assert b"unknown-name" in done.stdout
+
+
 def test_one_emotion_is_not_ready(tmp_path):
     for k in range(12):
         named(tmp_path, k, emb=numbers(8, seed=k))
@@ -497,6 +769,6 @@ def test_jax_is_never_imported(sample):
 def test_every_code_has_a_remedy_and_is_in_the_readme():
     source = "".join((ROOT / name).read_text() for name in ("check_data.py", "stats.py"))
     readme = (ROOT / "README.md").read_text()
-    for code in check_data.REMEDIES:
+    for code in (*check_data.REMEDIES, *check_data.NOTES, "bad-statistics"):
         assert f'"{code}"' in source.replace(f'"{code}":', "")
         assert f"`{code}`" in readme

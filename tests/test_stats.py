@@ -84,11 +84,26 @@ def test_a_pair_that_replaced_ours_is_the_users(tmp_path):
     assert stats.load(tmp_path).supplied
 
 
+@pytest.mark.parametrize("exchanged", [stats.MEAN_FILE, stats.STD_FILE])
+def test_one_file_of_ours_that_was_exchanged_is_neither_used_nor_overwritten(tmp_path, exchanged):
+    stats.save(tmp_path, some_statistics(), "print")
+    np.save(tmp_path / exchanged, np.full(5, 7, np.float32))
+    with pytest.raises(stats.DataError, match=f"{exchanged} was not"):
+        stats.load(tmp_path)
+
+
+@pytest.mark.parametrize("missing", [stats.MEAN_FILE, stats.STD_FILE])
+def test_an_incomplete_pair_of_ours_is_computed_again(tmp_path, missing):
+    stats.save(tmp_path, some_statistics(), "print")
+    (tmp_path / missing).unlink()
+    assert stats.load(tmp_path) is None
+
+
 def test_no_statistics(tmp_path):
     assert stats.load(tmp_path) is None
 
 
-@pytest.mark.parametrize("calls", range(1, 10))
+@pytest.mark.parametrize("calls", range(1, 9))
 def test_saving_that_is_cut_off_leaves_old_new_or_nothing_but_never_a_users_pair(tmp_path, monkeypatch, calls):
     """Every fsync and every rename of `save` fails in turn, over an older pair."""
     old, new = some_statistics(), stats.Moments.of(fresh(7)).statistics()
@@ -160,18 +175,20 @@ def test_a_damaged_json_is_named(tmp_path):
         stats.load(tmp_path)
 
 
-def test_a_failing_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
-    target = tmp_path / "file"
-    stats.write_atomic(target, b"old")
+@pytest.mark.parametrize("call", range(2))
+def test_a_failing_write_leaves_the_old_files_and_nothing_else(tmp_path, monkeypatch, call):
+    stats.write_files(tmp_path, {"a": b"old a", "b": b"old b"})
+    calls = iter(range(10))
 
     def full(_):
-        raise OSError(28, "No space left on device")
+        if next(calls) == call:
+            raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space"):
-        stats.write_atomic(target, b"new")
-    assert target.read_bytes() == b"old"
-    assert list(tmp_path.iterdir()) == [target]
+    with pytest.raises(OSError, match="No space") as error:
+        stats.write_files(tmp_path, {"a": b"new a", "b": b"new b"})
+    assert error.value.filename == str(tmp_path / "ab"[call])
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"a": b"old a", "b": b"old b"}
 
 
 def test_json_has_null_for_what_is_no_number():

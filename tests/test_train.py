@@ -2,6 +2,7 @@ import csv
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -191,8 +192,26 @@ def test_fewer_speakers_than_folds_are_said():
     assert (plan.folds, plan.notes) == (3, ["3 speakers allow 3 folds, not 5"])
 
 
+def test_a_split_that_leaves_nobody_to_train_on_is_refused():
+    speakers = [f"cremad:{actor}" for actor in range(1001, 1037)]
+    dataset = bare_dataset(speakers, [0, 1, 2] * 12, "cremad")
+    with pytest.raises(check_data.UsageError, match="leaves nobody to train on"):
+        train.make_plan(dataset, dataclasses.replace(SMALL, folds="emosuperb-cremad"))
+    lonely = bare_dataset(["ravdess:01"] * 29 + ["ravdess:02"], [0, 1, 2] * 10)
+    with pytest.raises(check_data.UsageError, match="leaves nobody to train on"):
+        train.make_plan(lonely, SMALL)
+
+
+def test_a_class_that_is_tested_but_not_trained_on_is_said():
+    speakers = [f"ravdess:{n:02d}" for n in range(1, 7) for _ in range(6)]
+    plan = train.make_plan(bare_dataset(speakers, [0, 1, 0, 1, 2, 2] + [0, 1] * 15), SMALL)
+    fold = plan.fold[0] + 1
+    assert plan.notes == [f"fold {fold} tests angry without having trained on it: too few speakers have it"]
+
+
 def test_two_speakers_are_tested_apart_but_validated_together():
     plan = train.make_plan(many_speakers(2, 30), SMALL)
+    assert not train.check_disjoint(plan)
     assert (plan.folds, plan.independent) == (2, True)
     assert any("validation takes a part of the same speaker" in note for note in plan.notes)
 
@@ -211,8 +230,9 @@ def test_names_without_two_speakers_are_never_called_independent(speaker):
 def test_files_without_a_speaker_stay_together_beside_known_speakers():
     speakers = [f"ravdess:{n:02d}" for n in range(5) for _ in range(6)] + [None] * 6
     plan = train.make_plan(bare_dataset(speakers, [0, 1, 2] * 12), SMALL)
-    assert plan.independent
     assert len(set(plan.fold[-6:])) == 1
+    assert not plan.independent
+    assert "6 files do not tell their speaker" in plan.notes[0]
 
 
 # --- numbers that must not leak ---
@@ -244,6 +264,15 @@ def test_statistics_of_the_user_apply_everywhere(sample):
     mean, scale = train.member_statistics(dataset, plan, stats.Stored(own, True, None))
     assert (mean == 3).all()
     assert (scale == 2).all()
+
+
+def test_validation_hears_the_validation_speakers_only(sample):
+    dataset = dataset_of(sample)
+    plan = train.make_plan(dataset, SMALL)
+    members = train.stack_members(dataset, plan, ours(dataset), batch=7)
+    for chosen, mask in zip(members.validation, plan.validation, strict=True):
+        assert sorted(chosen[chosen >= 0]) == np.flatnonzero(mask).tolist()
+    np.testing.assert_array_equal(members.train, plan.train)
 
 
 def test_class_weights_make_classes_count_alike():
@@ -398,9 +427,127 @@ def test_shuffled_labels_give_chance(setting):
         shuffled = np.random.default_rng(seed).permutation(setting.dataset.label)
         dataset = setting.dataset._replace(label=shuffled)
         plan = train.make_plan(dataset, config)
-        metrics, _ = train.evaluate(dataset, plan, train.train(dataset, plan, ours(dataset), config), config)
+        trained = train.train(dataset, plan, ours(dataset), config)
+        metrics, _ = train.evaluate(dataset, plan, trained, False, config)
         uas.append(metrics["ua"])
     assert abs(np.mean(uas) - 1 / 8) < 0.09
+
+
+def forward(params, mean, scale, x):
+    hidden = np.maximum((x - mean) / scale @ params["Dense_0"]["kernel"] + params["Dense_0"]["bias"], 0)
+    return hidden @ params["Dense_1"]["kernel"] + params["Dense_1"]["bias"]
+
+
+def test_a_run_answers_with_the_mean_logits_of_the_best_epochs(setting):
+    """At a learning rate that overshoots, so that the best epoch is not the last one."""
+    config = dataclasses.replace(SMALL, epochs=8, learning_rate=0.3)
+    dataset = setting.dataset
+    plan = train.make_plan(dataset, config)
+    trained = train.train(dataset, plan, ours(dataset), config)
+    mean, scale = train.member_statistics(dataset, plan, ours(dataset))
+    assert (trained.best_epoch < 7).any()
+    logits = []
+    for member in range(len(plan.train)):
+        params = setting.of(trained.params, member)
+        logits.append(forward(params, mean[member], scale[member], dataset.x))
+        chosen = np.flatnonzero(plan.validation[member])
+        p = stats.probabilities(logits[-1][chosen].astype(np.float64))
+        loss = -np.log(p[np.arange(len(chosen)), dataset.label[chosen]])
+        balanced = np.mean([loss[dataset.label[chosen] == c].mean() for c in np.unique(dataset.label[chosen])])
+        name = train._member_name(member, plan.folds, config.seeds)
+        (row,) = [
+            row
+            for row in trained.history
+            if (row["fold"], row["seed"], row["epoch"]) == (name, member % 2, trained.best_epoch[member] + 1)
+        ]
+        assert row["validation_loss"] == pytest.approx(balanced, rel=1e-3)
+    expected = np.reshape(logits, (plan.folds + 1, 2, *logits[0].shape)).mean(1)
+    np.testing.assert_allclose(trained.logits, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_one_step_is_that_of_adamw_on_the_weighted_smoothed_loss(setting):
+    """Clip, decay, schedule, class weights and label smoothing, all computed again by hand."""
+    jax, jnp = setting.jax, setting.jax.numpy
+    config = dataclasses.replace(SMALL, dropout=0.0, clip=0.05, weight_decay=0.3, learning_rate=0.02)
+    task = setting.task._replace(config=config, network=train.build_network(8, 0.0, setting.task.classes))
+    member = setting.of(setting.members, 0)
+    state = train.init_member(task, setting.root, member)
+    x, label = setting.dataset.x[:20], setting.dataset.label[:20]
+    weight = member.class_weight[label] * (np.arange(20) < 17)
+    after, (loss, norm) = train.member_step(task, member, state, (x, label, weight), setting.root, 0.25)
+
+    def by_hand(params):
+        logp = jax.nn.log_softmax(relu_forward(params))
+        target = 0.9 * np.eye(task.classes)[label] + 0.1 / task.classes
+        return -((target * logp).sum(1) * weight).sum() / weight.sum()
+
+    def relu_forward(params):
+        z = (x - member.mean) / member.scale
+        hidden = jnp.maximum(z @ params["Dense_0"]["kernel"] + params["Dense_0"]["bias"], 0)
+        return hidden @ params["Dense_1"]["kernel"] + params["Dense_1"]["bias"]
+
+    expected_loss, gradient = jax.value_and_grad(by_hand)(state.params)
+    expected_norm = np.sqrt(sum(np.square(leaf).sum() for leaf in jax.tree.leaves(gradient)))
+    assert loss == pytest.approx(float(expected_loss), rel=1e-5)
+    assert norm == pytest.approx(float(expected_norm), rel=1e-5)
+    assert norm > config.clip
+    rate = 0.02 * 0.5 * (1 + np.cos(np.pi * 0.25))
+    for old, new, slope in zip(*map(jax.tree.leaves, (state.params, after.params, gradient)), strict=True):
+        clipped = np.asarray(slope) * config.clip / expected_norm
+        adam = clipped / (np.abs(clipped) + 1e-8)  # its first step
+        np.testing.assert_allclose(new, old - rate * (adam + 0.3 * np.asarray(old)), rtol=1e-3, atol=1e-5)
+
+
+def test_dropout_is_drawn_anew_for_each_step_and_never_in_validation(setting):
+    member = setting.of(setting.members, 0)
+    state = train.init_member(setting.task, setting.root, member)
+    label = setting.dataset.label[:20]
+    batch = (setting.dataset.x[:20], label, member.class_weight[label])
+    losses = [
+        train.member_step(setting.task, member, state, batch, setting.jax.random.key(k), 0.0)[1][0] for k in (1, 2)
+    ]
+    assert losses[0] != losses[1]
+
+
+def test_every_epoch_has_its_own_order(setting):
+    """Without dropout, and with a schedule that hardly moves, only the order can tell two epochs apart."""
+    config = dataclasses.replace(SMALL, dropout=0.0, epochs=100_000)
+    task = setting.task._replace(config=config, network=train.build_network(8, 0.0, setting.task.classes))
+    member = setting.of(setting.members, 0)
+    state = train.init_member(task, setting.root, member)
+    member, x, label = setting.jax.device_put((member, setting.dataset.x, setting.dataset.label))
+    kernels = [
+        train.member_epoch(task, setting.root, x, label, epoch, member, state)[0].params["Dense_0"]["kernel"]
+        for epoch in (0, 0, 1)
+    ]
+    np.testing.assert_array_equal(kernels[0], kernels[1])
+    assert np.abs(kernels[0] - kernels[2]).max() > 1e-5
+
+
+def test_metrics_of_predictions_made_by_hand(sample):
+    dataset = dataset_of(sample)
+    plan = train.make_plan(dataset, SMALL)
+    logits = np.random.default_rng(0).normal(size=(plan.folds + 1, len(dataset.label), 8))
+    best = np.repeat([3, 1, 2, 0], SMALL.seeds)
+    trained = train.Trained(None, logits, best, np.arange(8), [])
+    metrics, probability = train.evaluate(dataset, plan, trained, False, SMALL)
+    predicted = np.array([logits[fold, n].argmax() for n, fold in enumerate(plan.fold)])
+    np.testing.assert_array_equal(probability.argmax(1), predicted)
+    for c, name in enumerate(metrics["classes"]):
+        assert metrics["recall"][name] == pytest.approx((predicted[dataset.label == c] == c).mean())
+    assert [fold["epochs"] for fold in metrics["folds"]] == [4, 2, 3]
+    assert [fold["skipped_steps"] for fold in metrics["folds"]] == [0 + 1, 2 + 3, 4 + 5]
+    by_speaker = np.stack(
+        [
+            stats.confusion_matrix(dataset.label[mask], predicted[mask], 8)
+            for name in sorted(set(plan.speaker))
+            for mask in [plan.speaker == name]
+        ]
+    )
+    assert metrics["ua_ci95"] == pytest.approx(stats.speaker_intervals(by_speaker, SMALL.seed)["ua"])
+    assert metrics["speakers"]["ravdess:01"]["wa"] == pytest.approx(
+        (predicted == dataset.label)[plan.speaker == "ravdess:01"].mean()
+    )
 
 
 # --- the device ---
@@ -547,12 +694,76 @@ def test_prediction_never_overwrites_a_training_run(trained, capsys):
     assert (trained / "second" / "predictions.csv").read_bytes() == before
 
 
-def test_prediction_refuses_what_holds_no_model(trained, tmp_path):
-    assert train.main([str(trained / "data"), "--predict", str(tmp_path)]) == 2
+def test_the_saved_model_is_the_final_one(trained, tmp_path, monkeypatch):
+    caught, real = [], train.train
+
+    def catching(*arguments):
+        caught.append(real(*arguments))
+        return caught[0]
+
+    monkeypatch.setattr(train, "train", catching)
+    assert train.main([str(trained / "data"), "--out", str(tmp_path / "run"), *FAST]) == 0
+    with np.load(tmp_path / "run" / "model.npz") as model:
+        kernel = np.asarray(caught[0].params["Dense_0"]["kernel"])
+        np.testing.assert_array_equal(model["params/Dense_0/kernel"], kernel[6:])
+        assert len(kernel) == 8
 
 
-def test_prediction_refuses_features_of_another_width(trained, tmp_path):
-    other = write_sample(tmp_path / "other", actors=1, dim=7)
+def test_results_are_not_mixed_with_features_or_with_those_of_other_data(trained, tmp_path):
+    before = {path.name: path.read_bytes() for path in (trained / "first").iterdir()}
+    other = write_sample(tmp_path / "other", actors=2, dim=24)
+    assert train.main([str(other), "--out", str(trained / "first"), *FAST]) == 2
+    assert train.main([str(other), "--out", str(other), *FAST]) == 2
+    assert train.main([str(trained / "data"), "--out", str(trained / "first"), "--folds", "nonsense"]) == 2
+    assert {path.name: path.read_bytes() for path in (trained / "first").iterdir()} == before
+
+
+def test_supplied_statistics_are_in_the_results(trained, tmp_path):
+    data = write_sample(tmp_path / "data", actors=3, dim=24)
+    np.save(data / stats.MEAN_FILE, np.zeros(24, np.float32))
+    np.save(data / stats.STD_FILE, np.full(24, 2, np.float32))
+    assert train.main([str(data), "--out", str(tmp_path / "run"), *FAST]) == 0
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert metrics["statistics"] == "supplied by the user"
+    assert any("your own statistics apply to every fold" in note for note in metrics["notes"])
+    np.testing.assert_array_equal(np.load(tmp_path / "run" / stats.STD_FILE), np.full(24, 2, np.float32))
+
+
+def damage_config(run, **changes):
+    described = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps(described | changes))
+
+
+def damage_model(run, **changes):
+    with np.load(run / "model.npz") as model:
+        arrays = {name: changes.get(name.rpartition("/")[2], model[name]) for name in model}
+    np.savez(run / "model.npz", **{name: array for name, array in arrays.items() if array is not None})
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda run: shutil.rmtree(run),
+        lambda run: (run / "model.npz").write_bytes(b"PK\x03\x04"),
+        lambda run: (run / "config.json").write_text("[1]"),
+        lambda run: damage_config(run, classes=["happy", "sad"]),
+        lambda run: damage_config(run, dim=12),
+        lambda run: damage_config(run, dim="wide"),
+        lambda run: damage_model(run, bias=None),
+        lambda run: damage_model(run, scale=np.ones(3, np.float32)),
+        lambda run: damage_model(run, mean=np.full(24, np.nan, np.float32)),
+    ],
+)
+def test_prediction_refuses_a_model_that_is_missing_or_damaged(trained, tmp_path, damage, caplog):
+    shutil.copytree(trained / "first", tmp_path / "run")
+    damage(tmp_path / "run")
+    assert train.main([str(trained / "data"), "--predict", str(tmp_path / "run")]) == 2
+    assert "\n" not in caplog.records[-1].message
+
+
+@pytest.mark.parametrize("dim", [7, 48])
+def test_prediction_refuses_features_of_another_width(trained, tmp_path, dim):
+    other = write_sample(tmp_path / "other", actors=1, dim=dim)
     assert train.main([str(other), "--predict", str(trained / "first"), "--out", str(tmp_path / "out")]) == 2
 
 
@@ -575,6 +786,15 @@ def test_statistics_of_the_user_are_never_overwritten(trained, tmp_path):
     np.save(data / stats.STD_FILE, np.ones(24, np.float32))
     assert train.main([str(data), "--out", str(tmp_path / "run"), "--recompute-stats", *FAST]) == 2
     assert (np.load(data / stats.MEAN_FILE) == 0).all()
+
+
+def test_the_embedded_sample_is_what_its_script_writes(tmp_path):
+    fresh = write_sample(tmp_path / "sample")
+    kept = sorted(path.name for path in (ROOT / "sample").glob("*.npz"))
+    assert kept == sorted(path.name for path in fresh.iterdir())
+    for name in kept:
+        with np.load(fresh / name) as new, np.load(ROOT / "sample" / name) as old:
+            np.testing.assert_allclose(new["emb"], old["emb"], rtol=1e-6)
 
 
 def test_a_tree_of_parameters_survives_its_file_form():
