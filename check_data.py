@@ -326,42 +326,33 @@ def _unpacked(blob: bytes, member: Member) -> bytes | memoryview:
 
 
 def _inflated(data: memoryview, member: Member) -> bytes:
+    if member.size > 100 * len(data) + (1 << 20):
+        raise DataError("bomb", f"{len(data)} bytes would inflate to {member.size}: no features shrink so much")
     inflater = zlib.decompressobj(-15)
     try:
-        head = inflater.decompress(data, 1 << 14)
-        header, offset = stats.npy_header(head)
-        stats.check_size(header, member.size - offset)
-        if member.size > 100 * len(data) + (1 << 20):
-            raise DataError("bomb", f"{len(data)} bytes would inflate to {member.size}: no features shrink so much")
-        rest = inflater.decompress(inflater.unconsumed_tail, max(1, member.size - len(head) + 1))
+        blob = inflater.decompress(data, member.size + 1)
     except zlib.error:
         raise DataError("bad-crc", "the compressed bytes are damaged") from None
-    if not inflater.eof or len(head) + len(rest) != member.size:
-        raise DataError("size-mismatch", f"{member.size} bytes are declared and {len(head) + len(rest)} were inflated")
-    return head + rest
-
-
-def _is_candidate(blob: bytes, member: Member) -> bool:
-    """Whether a member can be features: floats of one dimension or more under a name that is no label's."""
-    if any(word in member.name.lower() for word in _LABEL_WORDS):
-        return False
-    data = memoryview(blob)[member.start : member.stop]
-    try:
-        head = data if member.method == _STORED else zlib.decompressobj(-15).decompress(data, 1 << 14)
-        header, _ = stats.npy_header(head)
-    except (DataError, zlib.error):
-        return True  # damaged: reading it will say how
-    return header.dtype.kind == "f" and len(header.shape) > 0
+    if not inflater.eof or inflater.unused_data or len(blob) != member.size:
+        raise DataError("size-mismatch", f"{member.size} bytes are declared and {len(blob)} were inflated")
+    return blob
 
 
 def _choose(blob: bytes, members: list[Member]) -> Member:
+    """The member that holds the features: a known key, else the first float array that is no label."""
     by_key = {member.name: member for member in members}
     for key in KEYS:
         if key in by_key:
             return by_key[key]
-    if not members:
-        raise DataError("no-array", "holds no array")
-    return next((member for member in members if _is_candidate(blob, member)), members[0])
+    unlabelled = [member for member in members if not any(word in member.name.lower() for word in _LABEL_WORDS)]
+    for member in unlabelled:
+        # Unpacked and so checked whole: a damaged header must not make it look like something to pass over.
+        header, _ = stats.npy_header(_unpacked(blob, member))
+        if header.dtype.kind == "f" and header.shape:
+            return member
+    if not unlabelled:
+        raise DataError("no-array", f"holds labels only: {', '.join(by_key)}" if members else "holds no array")
+    return unlabelled[0]
 
 
 def read_features(path: str | Path, transpose: bool = False, nan_to_zero: bool = False) -> Features:
@@ -669,8 +660,8 @@ def _named(files: list[str], options: ScanOptions) -> Iterator[Named | DataError
 
 
 def _by_name(file: str, parsed: emotions.Utterance | ValueError) -> Named | DataError:
-    folders = Path(file).parts[:-1]
-    by_folder = next((word for folder in reversed(folders) if (word := emotions.folder_emotion(folder))), None)
+    folders = file.split(os.sep)[-2::-1]  # the innermost first; pathlib would take longer than the reading
+    by_folder = next((word for folder in folders if (word := emotions.folder_emotion(folder))), None)
     if isinstance(parsed, emotions.AmbiguousName):
         return DataError("ambiguous-name", str(parsed))
     if isinstance(parsed, ValueError):
@@ -823,7 +814,7 @@ def scan(
     named = (
         _named(files, options) if labelled else (Named(emotions.Utterance(file, "", "", None), "") for file in files)
     )
-    wanted = _wanted(options)
+    wanted, place = _wanted(options), str(result.directory)
     moments: dict[int, stats.RunningMoments] = collections.defaultdict(stats.RunningMoments)
     for number, (file, name) in enumerate(zip(files, named), 1):
         try:
@@ -833,7 +824,7 @@ def scan(
             if emotion is None:
                 result.unwanted += 1
                 continue
-            read = read_features(result.directory / file, options.transpose, options.nan_to_zero)
+            read = read_features(f"{place}{os.sep}{file}", options.transpose, options.nan_to_zero)
         except DataError as error:
             result.findings.append(Finding(file, error.code, error.reason))
             continue

@@ -37,6 +37,7 @@ _WORDS = {word: word for word in (*EMOTIONS, *_SYNONYMS)} | {
     synonym: word for word, synonyms in _SYNONYMS.items() for synonym in synonyms.split()
 }
 
+_IGNORECASE = int(re.IGNORECASE)  # the enumeration's own & is slow
 _FOLDERS = re.compile(r"[/\\]")
 #: What feature writers put around a name and what says nothing about the utterance.
 _EXTENSIONS = re.compile(r"(\.(npz|npy|wav|flac|mp3|m4a|ogg|opus|mp4|avi|flv|pt))+$", re.IGNORECASE)
@@ -512,10 +513,10 @@ def parse_name(name: str, corpus: str | None = None) -> Utterance:
 
 def _utterance(name: str, corpus_id: str, match: re.Match[str]) -> Utterance:
     corpus = CORPORA[corpus_id]
-    fields = {}
+    fields, other_case = {}, bool(match.re.flags & _IGNORECASE)
     for group, code in match.groupdict().items():
         if group in _FIELDS and code:
-            if match.re.flags & re.IGNORECASE:
+            if other_case:
                 code = _as_the_corpus_writes(corpus_id, group, code)
             fields[group] = corpus.codes.get(group, {}).get(code.lower(), code)
     speaker = fields.pop("speaker", None) or _folder_speaker(name, corpus)

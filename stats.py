@@ -12,6 +12,7 @@ import json
 import math
 import os
 import struct
+import warnings
 from pathlib import Path
 from typing import NamedTuple
 
@@ -52,14 +53,20 @@ class NpyHeader(NamedTuple):
 @functools.lru_cache(maxsize=256)  # all files of a set share one header, and parsing it is the slow part
 def _parse_npy_header(text: bytes) -> NpyHeader:
     try:
-        fields = ast.literal_eval(text.decode("latin-1"))
-        descr, fortran_order, shape = fields["descr"], fields["fortran_order"], fields["shape"]
-        well_formed = len(fields) == 3 and isinstance(fortran_order, bool) and isinstance(shape, tuple)
-        if not well_formed or any(type(extent) is not int or extent < 0 for extent in shape):
-            raise ValueError
-        dtype = np.dtype(descr) if isinstance(descr, str) else np.dtype(object if "O" in repr(descr) else "V1")
+        with warnings.catch_warnings():  # damaged text may look like an old-fashioned escape
+            warnings.simplefilter("ignore")
+            return _evaluated_header(text)
     except Exception:  # literal_eval and np.dtype raise a dozen kinds; each of them means the same
         raise DataError("bad-npy-header", "the array's header is damaged") from None
+
+
+def _evaluated_header(text: bytes) -> NpyHeader:
+    fields = ast.literal_eval(text.decode("latin-1"))
+    descr, fortran_order, shape = fields["descr"], fields["fortran_order"], fields["shape"]
+    well_formed = len(fields) == 3 and isinstance(fortran_order, bool) and isinstance(shape, tuple)
+    if not well_formed or any(type(extent) is not int or extent < 0 for extent in shape):
+        raise ValueError
+    dtype = np.dtype(descr) if isinstance(descr, str) else np.dtype(object if "O" in repr(descr) else "V1")
     return NpyHeader(dtype, fortran_order, shape)
 
 

@@ -76,6 +76,20 @@ def test_the_other_members_of_the_file_are_left_alone(tmp_path):
         np.testing.assert_array_equal(features.array, frames)
 
 
+def test_a_damaged_header_does_not_hand_over_to_another_member(tmp_path):
+    """Found by the fuzzer: '<f4' with one bit turned is '4f4', which is no float, and so the label came next."""
+    path = tmp_path / "x.npz"
+    np.savez(path, label=np.eye(8)[1], wav2vec_features=numbers(3, 4), more=numbers(3, 4))
+    blob = path.read_bytes()
+    for wrong in (b"4f4", b"<i4", b"<f0", b"|O4"):
+        path.write_bytes(blob.replace(b"<f4", wrong, 1))
+        assert code_of(path) == "bad-crc"
+
+
+def test_a_file_of_labels_only_holds_no_features(tmp_path):
+    assert code_of(write(tmp_path / "x.npz", label=np.eye(8)[1], emotion=np.array("sad"))) == "no-array"
+
+
 def test_a_pickled_member_beside_the_features_is_left_alone(tmp_path):
     path = tmp_path / "x.npz"
     np.savez(path, emb=GOOD, meta=np.array([{"a": 1}], object))
@@ -246,6 +260,59 @@ def test_no_flipped_bit_of_a_compressed_file_gives_another_array(tmp_path):
         except stats.DataError:
             continue
         np.testing.assert_array_equal(array, GOOD)  # bits that a deflate stream does not use
+
+
+def mutants(blobs, count, seed):
+    """Damaged copies of good files: bits and bytes changed, cut, doubled, moved, and numbers set to their extremes."""
+    random = np.random.default_rng(seed)
+    extremes = [bytes(4), b"\xff" * 4, b"\xff\xff\xff\x7f", b"\x00\x00\x00\x80", b"\x01\x00\x00\x00", b"PK\x01\x02"]
+    for number in range(count):
+        blob = bytearray(blobs[number % len(blobs)])
+        for _ in range(random.integers(1, 4)):
+            start, stop = sorted(random.integers(0, len(blob) + 1, 2).tolist())
+            kind = random.integers(0, 7)
+            if kind == 0 and blob:
+                blob[start % len(blob)] ^= 1 << random.integers(0, 8)
+            elif kind == 1:
+                blob[start : start + 4] = extremes[random.integers(0, len(extremes))]
+            elif kind == 2:
+                del blob[start:stop]
+            elif kind == 3:
+                blob[start:start] = blob[start : min(stop, start + 200)]
+            elif kind == 4:
+                blob[start:stop] = bytes(stop - start)
+            elif kind == 5:
+                blob[start : start + 8] = random.bytes(8)
+            else:
+                other = blobs[random.integers(0, len(blobs))]
+                blob[start:stop] = other[start:stop]
+        yield bytes(blob)
+
+
+def test_no_mutant_breaks_the_reader(tmp_path):
+    """The reader's own exception or the very array; FUZZ_MUTANTS=300000 for a longer run, FUZZ_SEED for another one."""
+    frames = numbers(6, 16)
+    np.savez(tmp_path / "0.npz", emb=frames[0])
+    np.savez_compressed(tmp_path / "1.npz", emb=frames)
+    np.savez(tmp_path / "2.npz", label=np.eye(8)[1], wav2vec_features=frames, emotion=np.array("sad"))
+    with zipfile.ZipFile(tmp_path / "3.npz", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr(zipfile.ZipInfo("emb.npy"), stats.npy_bytes(frames))
+    blobs = [(tmp_path / f"{number}.npz").read_bytes() for number in range(4)]
+    wanted = [read_features(tmp_path / f"{number}.npz").array for number in range(4)]
+    path, accepted = tmp_path / "x.npz", 0
+    count, seed = int(os.environ.get("FUZZ_MUTANTS", 30_000)), int(os.environ.get("FUZZ_SEED", 0))
+    with path.open("wb", buffering=0) as file:
+        for blob in mutants(blobs, count, seed):
+            os.pwrite(file.fileno(), blob, 0)
+            os.ftruncate(file.fileno(), len(blob))
+            try:
+                array = read_features(path).array
+            except stats.DataError as error:
+                assert error.code in check_data.REMEDIES
+                continue
+            accepted += 1
+            assert any(np.array_equal(array, good) for good in wanted)
+    assert accepted < count / 10
 
 
 def test_bytes_before_and_after_the_archive_are_refused(tmp_path):
