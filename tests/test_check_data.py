@@ -200,6 +200,50 @@ def test_what_is_no_archive_is_named(tmp_path, blob, code):
     assert code_of(path) == code
 
 
+def with_flag(blob, flag):
+    """Set a general purpose flag in the only member's header and in the directory."""
+    damaged = bytearray(blob)
+    damaged[6] |= flag
+    damaged[blob.find(b"PK\x01\x02") + 8] |= flag
+    return bytes(damaged)
+
+
+def with_gap(blob):
+    """Four bytes that belong to nothing, between the member and the directory, which says where it is."""
+    place = blob.find(b"PK\x01\x02")
+    damaged = bytearray(blob[:place] + b"free" + blob[place:])
+    struct.pack_into("<L", damaged, len(damaged) - 6, place + 4)
+    return bytes(damaged)
+
+
+@pytest.mark.parametrize(
+    ("damage", "code"),
+    [
+        (lambda blob: blob[:100], "truncated"),
+        (lambda blob: blob[:-3], "truncated"),
+        (lambda blob: with_flag(blob, 1), "encrypted"),
+        (lambda blob: with_flag(blob, 4), "bad-zip"),
+        (with_gap, "bad-zip"),
+        (lambda blob: blob.replace(b"emb.npy", b"emx.npy", 1), "bad-zip"),
+        (lambda blob: blob.replace(GOOD.tobytes(), GOOD[::-1].tobytes()), "bad-crc"),
+    ],
+)
+def test_damage_of_the_archive_has_its_code(tmp_path, damage, code):
+    path = write(tmp_path / "x.npz")
+    path.write_bytes(damage(path.read_bytes()))
+    assert code_of(path) == code
+
+
+def test_a_file_or_an_array_beyond_reason_is_not_even_read(tmp_path):
+    path = tmp_path / "x.npz"
+    path.touch()
+    os.truncate(path, 2 * check_data.MAX_ARRAY_BYTES + 1)  # holes, no bytes on the disk
+    assert code_of(path) == "too-large"
+    blob = zip_of(io.BytesIO(), {"emb.npy": bytes(1 << 22)}, zipfile.ZIP_DEFLATED).getvalue()
+    path.write_bytes(blob.replace((1 << 22).to_bytes(4, "little"), (1 << 29).to_bytes(4, "little")))
+    assert code_of(path) == "too-large"
+
+
 class Exploit:
     def __reduce__(self):
         return (os.mkdir, (os.environ["EXPLOIT"],))
@@ -699,6 +743,12 @@ def test_what_the_names_tell_is_noted(tmp_path):
     assert {"few-speakers", "few-utterances"} <= notes.keys()
 
 
+def test_further_arrays_in_the_files_are_noted(tmp_path):
+    for k in range(3):
+        named(tmp_path, k, emb=numbers(8, seed=k), label=np.eye(8)[4])
+    assert check_data.Note("other-arrays", "label 3") in scan(tmp_path).notes
+
+
 def test_video_without_sound_is_left_out(tmp_path):
     write(tmp_path / "ravdess_02-01-06-01-02-01-01.npz")
     assert scan(tmp_path).left_out() == {"video-only": 1}
@@ -833,9 +883,11 @@ def test_jax_is_never_imported(sample):
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_every_code_has_a_remedy_and_is_in_the_readme():
+def test_every_code_has_a_remedy_a_test_and_a_place_in_the_readme():
+    tests = Path(__file__).read_text()
     source = "".join((ROOT / name).read_text() for name in ("check_data.py", "stats.py"))
     readme = (ROOT / "README.md").read_text()
     for code in (*check_data.REMEDIES, *check_data.NOTES, "bad-statistics"):
         assert f'"{code}"' in source.replace(f'"{code}":', "")
         assert f"`{code}`" in readme
+        assert f'"{code}"' in tests or code == "bad-statistics"  # that one is tested with the statistics
