@@ -5,12 +5,14 @@ Needs numpy alone. Axes: G groups (speakers), D features, C classes, R resamples
 
 import ast
 import csv
+import errno
 import functools
 import hashlib
 import io
 import json
 import math
 import os
+import shutil
 import struct
 import warnings
 from pathlib import Path
@@ -140,7 +142,7 @@ def write_files(folder: Path, blobs: dict[str, bytes]) -> None:
     Raises
     ------
     OSError
-        With its errno and the name of the file.
+        With its errno and the name of the file, and on a full disk what is needed and what is free.
     """
     temporary = {name: folder / f".{name}.tmp" for name in blobs}
     name = ""
@@ -156,7 +158,11 @@ def write_files(folder: Path, blobs: dict[str, bytes]) -> None:
         for path in temporary.values():
             path.unlink(missing_ok=True)
         if isinstance(error, OSError):
-            raise OSError(error.errno, error.strerror, str(folder / name)) from None
+            room = ""
+            if error.errno == errno.ENOSPC:
+                needed = sum(map(len, blobs.values()))
+                room = f": {needed} bytes are needed and {shutil.disk_usage(folder).free} are free"
+            raise OSError(error.errno, f"{error.strerror}{room}", str(folder / name)) from None
         raise
     if os.name == "posix":
         descriptor = os.open(folder, os.O_RDONLY)

@@ -120,6 +120,26 @@ def test_every_form_of_one_array_reads_the_same(tmp_path, change, save):
     np.testing.assert_array_equal(array, frames)
 
 
+def test_every_form_of_a_set_gives_the_very_same_statistics(tmp_path):
+    frames = [numbers(4, 8, seed=k).astype(np.float16).astype(np.float32) for k in range(6)]
+    forms = {
+        "plain": lambda x: x,
+        "double": lambda x: x.astype(np.float64),
+        "half": lambda x: x.astype(np.float16),
+        "big": lambda x: x.astype(">f4"),
+        "fortran": np.asfortranarray,
+        "leading": lambda x: x[None],
+    }
+    found = set()
+    for form, change in forms.items():
+        (tmp_path / form).mkdir()
+        for k, array in enumerate(frames):
+            named(tmp_path / form, k, emb=change(array))
+        statistics = scan(tmp_path / form).moments.statistics()
+        found.add((statistics.mean.tobytes(), statistics.std.tobytes()))
+    assert len(found) == 1
+
+
 def test_float16_is_read(tmp_path):
     write(tmp_path / "x.npz", emb=GOOD.astype(np.float16))
     np.testing.assert_array_equal(read_features(tmp_path / "x.npz").array, GOOD.astype(np.float16))

@@ -1,5 +1,7 @@
 import json
 import os
+import pathlib
+import signal
 import struct
 
 import numpy as np
@@ -134,6 +136,74 @@ def test_saving_that_is_cut_off_leaves_old_new_or_nothing_but_never_a_users_pair
     assert not [path for path in tmp_path.iterdir() if path.name.endswith(".tmp")]
 
 
+class Killed(BaseException):
+    """Stands for kill -9: from here on no call of the process reaches the disk, not even its cleaning up."""
+
+
+def kill_at(monkeypatch, number):
+    """Let the call of that number, of all that touch the disk while saving, and every later one, never happen."""
+    count = 0
+
+    def mortal(real):
+        def call(*arguments, **options):
+            nonlocal count
+            count += 1
+            if count >= number:
+                raise Killed
+            return real(*arguments, **options)
+
+        return call
+
+    monkeypatch.setattr(os, "replace", mortal(os.replace))
+    monkeypatch.setattr(os, "fsync", mortal(os.fsync))
+    monkeypatch.setattr(os, "open", mortal(os.open))
+    monkeypatch.setattr(pathlib.Path, "unlink", mortal(pathlib.Path.unlink))
+    monkeypatch.setattr("builtins.open", mortal(open))
+    return lambda: count
+
+
+@pytest.mark.parametrize("older", [False, True])
+def test_a_kill_at_any_call_leaves_old_new_or_nothing_and_the_next_save_cleans_up(tmp_path, monkeypatch, older):
+    old, new = some_statistics(), stats.Moments.of(fresh(7)).statistics()
+    for number in range(1, 100):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        if older:
+            stats.save(folder, old, "old")
+        with monkeypatch.context() as patch:
+            kill_at(patch, number)
+            try:
+                stats.save(folder, new, "new")
+                break
+            except Killed:
+                pass
+        stored = stats.load(folder)
+        if stored is not None:
+            assert not stored.supplied
+            expected = {"old": old, "new": new}[stored.fingerprint]
+            np.testing.assert_array_equal(stored.statistics.mean, expected.mean)
+            np.testing.assert_array_equal(stored.statistics.std, expected.std)
+        stats.save(folder, new, "new")
+        assert len(list(folder.iterdir())) == 3
+    assert number > 14  # the last one went through
+
+
+def test_a_disk_that_fills_up_while_writing_leaves_the_old_files(tmp_path):
+    """A limit on the size of files stands for the full disk: the write itself fails, after its first bytes."""
+    resource = pytest.importorskip("resource")
+    stats.write_files(tmp_path, {"a": b"old"})
+    limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+        with pytest.raises(OSError, match="File too large") as error:
+            stats.write_files(tmp_path, {"a": bytes(100_000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert error.value.filename == str(tmp_path / "a")
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"a": b"old"}
+
+
 def raw_npy(header, data=b""):
     text = header.encode() + b"\n"
     return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text)) + text + data
@@ -188,6 +258,7 @@ def test_a_failing_write_leaves_the_old_files_and_nothing_else(tmp_path, monkeyp
     with pytest.raises(OSError, match="No space") as error:
         stats.write_files(tmp_path, {"a": b"new a", "b": b"new b"})
     assert error.value.filename == str(tmp_path / "ab"[call])
+    assert "10 bytes are needed and" in error.value.strerror
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"a": b"old a", "b": b"old b"}
 
 
