@@ -1193,8 +1193,8 @@ def guarded(program: Callable[[], int]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the flush at exit fails once more
         return 141
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+        print("interrupted", file=sys.stderr, flush=True)
+        os._exit(130)  # an ordinary exit waits for a compilation under way, or crashes in it
 
 
 def _verdict(result: Scan) -> Iterator[str]:

@@ -899,10 +899,11 @@ def save_run(
 # --- the report ---------------------------------------------------------------------------------------------------
 
 
-def report(metrics: dict, run: Path) -> Console:
-    """Print the closing report on standard output; the console that is returned has recorded it."""
+def report(metrics: dict, run: Path) -> str:
+    """The closing report."""
     classes, folds = metrics["classes"], metrics["folds"]
-    console = Console(record=True, highlight=False, markup=False, width=max(80, 20 + 7 * len(classes)))
+    width = max(80, 20 + 7 * len(classes))
+    console = Console(file=io.StringIO(), highlight=False, markup=False, width=width)
     say = functools.partial(console.print, soft_wrap=True)
     kind = "speaker-independent" if metrics["speaker_independent"] else "NOT speaker-independent"
     say(f"\n{kind} cross-validation, {metrics['fold_scheme']} ({len(folds)} folds):", end=" ")
@@ -915,7 +916,7 @@ def report(metrics: dict, run: Path) -> Console:
     for title, text in _closing_lines(metrics):
         say(f"  {title:<17} {text}")
     say(f"  {'results':<17} {check_data.printable(str(run))}")
-    return console
+    return console.file.getvalue()
 
 
 def _closing_lines(metrics: dict) -> Iterator[tuple[str, str]]:
@@ -1013,8 +1014,9 @@ def run_training(config: Config) -> int:
     held = logging.handlers.MemoryHandler(1 << 30, flushLevel=logging.CRITICAL, flushOnClose=False)
     log.addHandler(held)
     try:
-        console = _scan_train_report(config, run, held)
-        held.target.stream.write(console.export_text())
+        text = _scan_train_report(config, run, held)
+        held.target.stream.write(text)
+        sys.stdout.write(text)
     finally:
         log.removeHandler(held)
         if held.target:
@@ -1036,7 +1038,7 @@ def _refuse_foreign(run: Path, directory: Path) -> None:
         raise check_data.UsageError(f"{name} holds the results for {told}; choose another --out, or remove them")
 
 
-def _scan_train_report(config: Config, run: Path, held: logging.handlers.MemoryHandler) -> Console:
+def _scan_train_report(config: Config, run: Path, held: logging.handlers.MemoryHandler) -> str:
     started = time.perf_counter()
     device = start_jax()
     log.info(f"device: {device}")
