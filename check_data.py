@@ -95,42 +95,10 @@ class Member(NamedTuple):
     next: int
 
 
-class _Header(NamedTuple):
-    """The header before a member's data."""
-
-    magic: bytes
-    version: int
-    flags: int
-    method: int
-    time: int
-    date: int
-    crc: int
-    packed: int
-    size: int
-    name_length: int
-    extra_length: int
-
-
-class _Entry(NamedTuple):
-    """What the zip directory says of a member."""
-
-    magic: bytes
-    made_by: int
-    version: int
-    flags: int
-    method: int
-    time: int
-    date: int
-    crc: int
-    packed: int
-    size: int
-    name_length: int
-    extra_length: int
-    comment_length: int
-    disk: int
-    internal: int
-    external: int
-    offset: int
+# The header before a member's data, and the directory's entry for it, field by field as the format has them.
+_COMMON = "version flags method time date crc packed size name_length extra_length"
+_Header = collections.namedtuple("_Header", f"magic {_COMMON}")
+_Entry = collections.namedtuple("_Entry", f"magic made_by {_COMMON} comment_length disk internal external offset")
 
 
 class Features(NamedTuple):
