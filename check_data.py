@@ -16,7 +16,6 @@ import io
 import math
 import os
 import re
-import stat
 import struct
 import sys
 import zlib
@@ -36,9 +35,6 @@ _LABEL_WORDS = ("label", "emotion", "target", "class", "speaker")
 
 MAX_ARRAY_BYTES = 1 << 28  # an hour of 50 frames a second of 373 float32 numbers; utterances last seconds
 _MAX_MEMBERS = 1000
-
-# O_NONBLOCK: opening a FIFO that nobody writes would wait for ever.
-_OPEN_FLAGS = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
 
 _LOCAL = struct.Struct("<4s5H3L2H")
 _CENTRAL = struct.Struct("<4s6H3L5H2L")
@@ -110,27 +106,7 @@ class Features(NamedTuple):
     members: tuple[str, ...]
     crc: int
     rms: float
-
-
-def _read_bytes(path: str | Path) -> bytes:
-    try:
-        descriptor = os.open(path, _OPEN_FLAGS)
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
-        raise DataError("unreadable", f"cannot be opened: {getattr(error, 'strerror', error)}") from None
-    try:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            raise DataError("not-a-file", "is not a regular file")
-        if status.st_size > 2 * MAX_ARRAY_BYTES:
-            raise DataError("too-large", f"has {status.st_size} bytes, more than an utterance's features ever have")
-        blob = os.read(descriptor, status.st_size + 1)
-        while len(blob) < status.st_size and (more := os.read(descriptor, status.st_size + 1 - len(blob))):
-            blob += more
-        return blob
-    except OSError as error:
-        raise DataError("unreadable", f"cannot be read: {error.strerror}") from None
-    finally:
-        os.close(descriptor)
+    stored_shape: tuple[int, ...]
 
 
 def _not_a_zip(blob: bytes) -> DataError:
@@ -329,21 +305,20 @@ def read_features(path: str | Path, transpose: bool = False, nan_to_zero: bool =
     Returns
     -------
     Features
-        Array in float32 and C order, of shape (D,), (T, D) or (T * D,); a leading axis of extent 1 of a
-        three-dimensional array is dropped.
+        Array in float32 and C order, of shape (D,), (T, D) or (T * D,); a leading axis of extent 1 is dropped.
 
     Raises
     ------
     DataError
         Whatever is wrong with the file; no other exception.
     """
-    blob = _read_bytes(path)
+    blob = stats.read_bytes(path, 2 * MAX_ARRAY_BYTES)
     member, names = _directory(blob)
     stored = stats.npy_array(_unpacked(blob, member))
     shape = stored.shape
     if not shape or not stored.size:
         raise DataError("empty-array", f"its array has shape {shape}: no numbers to train on")
-    if stored.ndim == 3 and shape[0] == 1:
+    if stored.ndim > 1 and shape[0] == 1:
         stored = stored[0]
     if stored.ndim > 2:
         raise DataError("bad-shape", f"its array has shape {shape}; (D,), (T, D) or (1, T, D) is needed")
@@ -352,7 +327,9 @@ def read_features(path: str | Path, transpose: bool = False, nan_to_zero: bool =
     flat = array.reshape(-1)
     if flat.size > 1 and flat[0] == flat[-1] and flat.min() == flat.max():
         raise DataError("constant", f"all {flat.size} values are {flat[0]:g}: the extraction failed")
-    return Features(array, member.name, _dtype_name(stored.dtype), names, member.crc, math.sqrt(square / flat.size))
+    return Features(
+        array, member.name, _dtype_name(stored.dtype), names, member.crc, math.sqrt(square / flat.size), shape
+    )
 
 
 _dtype_name = functools.cache(lambda dtype: dtype.name)  # numpy makes the name anew at each call
@@ -392,7 +369,7 @@ def read_arrays(path: str | Path) -> dict[str, np.ndarray]:
     DataError
         Whatever is wrong with the file.
     """
-    blob = _read_bytes(path)
+    blob = stats.read_bytes(path, 2 * MAX_ARRAY_BYTES)
     return {member.name: stats.npy_array(_unpacked(blob, member)) for member in _members(blob)}
 
 
@@ -448,6 +425,7 @@ NOTES = {
     "few-utterances": "a class with few utterances",
     "imbalance": "the largest class is many times the smallest; UA counts all classes alike, WA does not",
     "reshaped": "flat vectors that were cut into frames",
+    "leading-axis": "(1, D) and (1, T, D) were read without their first axis",
     "other-arrays": "further arrays in the files, left alone",
 }
 
@@ -472,7 +450,12 @@ class ScanOptions:
         demand(self.dim is None or self.dim >= 1, "dim", "at least 1")
         demand(self.pattern != "" and self.labels != "", "pattern and --labels", "more than an empty text")
         demand(self.corpus in (None, *emotions.CORPORA), "corpus", f"one of {', '.join(emotions.CORPORA)}")
-        demand(all(entry.count("=") == 1 for entry in self.merge), "merge", "of the form calm=neutral")
+        demand(
+            all(re.fullmatch(r"\s*[^=,\s]+\s*=\s*[^=,\s]+\s*", entry) for entry in self.merge),
+            "merge",
+            "as calm=neutral",
+        )
+        demand(self.classes is None or bool(_words(self.classes)), "classes", "as happy,sad,angry")
         demand(not (self.pattern and self.labels), "pattern", "given without --labels")
 
 
@@ -526,6 +509,7 @@ class Scan:
     moments: stats.Moments | None = None
     hidden: int = 0
     unwanted: int = 0
+    leading: int = 0
     other_files: collections.Counter = dataclasses.field(default_factory=collections.Counter)
     other_members: collections.Counter = dataclasses.field(default_factory=collections.Counter)
     stored: stats.Stored | None = None
@@ -654,7 +638,10 @@ def _by_pattern(files: list[str], text: str) -> Iterator[Named | DataError]:
         stem = emotions.without_extensions(file)
         match = pattern.fullmatch(stem) or pattern.fullmatch(stem.replace(os.sep, "/").rpartition("/")[2])
         if match and match["emotion"]:
-            yield Named(emotions.own_utterance(file, **match.groupdict()), "pattern")
+            fields = match.groupdict()
+            yield Named(
+                emotions.own_utterance(file, fields.pop("emotion"), fields.pop("speaker", None), fields), "pattern"
+            )
         else:
             yield DataError("unknown-name", f"{stem!r} does not match the pattern")
 
@@ -677,25 +664,35 @@ def _by_table(files: list[str], table: Path) -> Iterator[Named | DataError]:
     for file in files:
         stem = emotions.without_extensions(file).replace(os.sep, "/")
         row = known.get(stem) or known.get(stem.rpartition("/")[2])
-        if row and row["emotion"]:
+        if row and (row["emotion"] or "").strip():
             yield Named(emotions.own_utterance(file, row["emotion"], row.get("speaker")), "table")
         else:
             yield DataError("not-in-table", f"has no line in {name}" if not row else f"has no emotion in {name}")
 
 
-def _wanted(options: ScanOptions) -> Callable[[str], str | None]:
+def _words(text: str) -> list[str]:
+    return [emotions.emotion_word(word.strip()) or word.strip().lower() for word in text.split(",") if word.strip()]
+
+
+class _Wanted:
     """What --merge and --classes make of an emotion: another one, itself, or None if it is not wanted."""
-    fold = {}
-    for entry in options.merge:
-        old, new = (emotions.emotion_word(word) or word.strip().lower() for word in entry.split("="))
-        fold[old] = new
-    kept = {emotions.emotion_word(word.strip()) or word.strip().lower() for word in (options.classes or "").split(",")}
 
-    def wanted(emotion: str) -> str | None:
-        emotion = fold.get(emotion, emotion)
-        return emotion if options.classes is None or emotion in kept else None
+    def __init__(self, options: ScanOptions):
+        self.fold = dict(tuple(_words(entry.replace("=", ","))) for entry in options.merge)
+        self.kept = None if options.classes is None else _words(options.classes)
+        self.seen: set[str] = set()
 
-    return wanted
+    def __call__(self, emotion: str) -> str | None:
+        folded = self.fold.get(emotion, emotion)
+        self.seen |= {emotion, folded}
+        return folded if self.kept is None or folded in self.kept else None
+
+    def check(self) -> None:
+        """Say which word of the two options no file has: it would do nothing in silence."""
+        unknown = [word for word in (*self.fold, *(self.kept or ())) if word not in self.seen]
+        if unknown:
+            found = printable(", ".join(sorted(self.seen))) or "none"
+            raise UsageError(f"no file has the emotion {printable(', '.join(unknown))}; found: {found}")
 
 
 # --- which width they have ---
@@ -705,17 +702,27 @@ def _sequence_widths(shapes: Iterable[tuple[int, ...]]) -> set[int]:
     return {shape[-1] for shape in shapes if len(shape) == 2}
 
 
+def _shows_width(shapes: collections.Counter, width: int) -> bool:
+    """Whether sequences of this width say that flat vectors of T * D values belong to them.
+
+    Such vectors differ in length as recordings do, and vectors of an encoder are all as long: one odd file among those
+    must not cut them up.
+    """
+    sequences = sum(files for shape, files in shapes.items() if len(shape) == 2 and shape[1] == width)
+    flat = [files for shape, files in shapes.items() if len(shape) == 1 and shape[0] != width]
+    return width > 1 and sequences > 0 and (sequences >= max(flat, default=0) or 2 * max(flat) < sum(flat))
+
+
 def _common_width(shapes: collections.Counter) -> int | None:
-    """The width D that most files fit: vectors (D,), sequences (T, D), and flat (T * D,) where a sequence shows D."""
-    sequence_widths = _sequence_widths(shapes)
+    """The width D that most files fit: vectors (D,), sequences (T, D), and flat (T * D,) where sequences show D."""
     heights = {shape[0] for shape in shapes if len(shape) == 2}
-    if len(sequence_widths) > 2 and len(heights) == 1 and all(len(shape) == 2 for shape in shapes):
+    if len(_sequence_widths(shapes)) > 2 and len(heights) == 1 and all(len(shape) == 2 for shape in shapes):
         return heights.pop()  # (D, T) with T that varies
     support = collections.Counter()
     for width in {shape[-1] for shape in shapes}:
+        shown = _shows_width(shapes, width)
         for shape, files in shapes.items():
-            fits = shape[-1] == width or (len(shape) == 1 and width in sequence_widths and shape[0] % width == 0)
-            support[width] += files * fits
+            support[width] += files * (shape[-1] == width or (shown and len(shape) == 1 and shape[0] % width == 0))
     (width, files), *others = support.most_common(2) or [(None, 0)]
     if others and others[0][1] == files:
         tied = " and ".join(str(width) for width, count in sorted(support.items()) if count == files)
@@ -782,7 +789,7 @@ def scan(
     named = (
         _named(files, options) if labelled else (Named(emotions.Utterance(file, "", "", None), "") for file in files)
     )
-    wanted, place = _wanted(options), str(result.directory)
+    wanted, place = _Wanted(options), str(result.directory)
     moments: dict[int, stats.RunningMoments] = collections.defaultdict(stats.RunningMoments)
     for number, (file, name) in enumerate(zip(files, named), 1):
         try:
@@ -804,9 +811,12 @@ def scan(
         shape = read.array.shape
         result.records.append(Record(utterance, name.source, shape, read.key, read.dtype, read.crc, read.rms))
         result.other_members.update(member for member in read.members if member != read.key)
+        result.leading += len(read.stored_shape) > len(shape)
         moments[shape[-1]].add(read.array.reshape(-1, shape[-1]))
         if keep_features:
             result.features.append(read.array)
+    if labelled:
+        wanted.check()
     _settle(result, options, moments, labelled, cut_vectors)
     return result
 
@@ -820,16 +830,19 @@ def _settle(
     bound = _width_of_statistics(result, options)
     known = options.dim or bound
     result.dim = known or _common_width(shapes)
-    result.cuts_vectors = cut_vectors and bool(known or result.dim in _sequence_widths(shapes))
+    result.cuts_vectors = cut_vectors and bool(known or (shapes and _shows_width(shapes, result.dim)))
     result.leave_out(_misfits(result))
     if bound and shapes and not result.records:
         shape = shapes.most_common(1)[0][0]
         raise DataError("bad-statistics", f"{stats.MEAN_FILE} has {bound} numbers and the files have shape {shape}")
     result.features = [array.reshape(-1, result.dim) for array in result.features]
     result.moments = moments[result.dim].merged() if result.dim in moments else None
-    result.leave_out(_absurd(result))
+    absurd = _absurd(result)
+    result.leave_out(absurd)
+    if absurd:  # they are in the moments too
+        result.moments = None
     if labelled:
-        result.leave_out(_duplicates(result))
+        result.leave_out(_duplicates(result, options))
         result.notes += sorted(_notes(result))
     result.findings.sort()
 
@@ -847,6 +860,11 @@ def _width_of_statistics(result: Scan, options: ScanOptions) -> int | None:
     width = result.stored.statistics.mean.size
     if result.stored.supplied and options.dim not in (None, width):
         raise DataError("bad-statistics", f"{stats.MEAN_FILE} has {width} numbers and --dim says {options.dim}")
+    shapes = {record.shape for record in result.records}
+    if result.stored.supplied and len(shapes) == 1 and len(result.records) > 1 and options.dim is None:
+        (shape,) = shapes
+        if len(shape) == 1 and shape[0] != width:  # vectors of one length are no sequences
+            raise DataError("bad-statistics", f"{stats.MEAN_FILE} has {width} numbers and the files have shape {shape}")
     return width
 
 
@@ -862,36 +880,47 @@ def _absurd(result: Scan) -> dict[str, tuple[str, str]]:
     }
 
 
-def _duplicates(result: Scan) -> dict[str, tuple[str, str]]:
-    """Files with the same bytes: a note where they agree in label and speaker, otherwise they are left out."""
+def _duplicates(result: Scan, options: ScanOptions) -> dict[str, tuple[str, str]]:
+    """Files with the same features: a note where they agree in label and speaker, otherwise they are left out.
+
+    With two labels none of them can be trusted; of several speakers, or of unknown ones, only the first file stays,
+    since the others might come to stand on the other side of a split.
+    """
     alike = collections.defaultdict(list)
     for record in result.records:
         alike[record.crc, record.shape, record.dtype].append(record)
     reasons, harmless = {}, []
-    for group in alike.values():
-        for record, other in zip(group[1:], group):
-            if len({record.crc, other.crc}) > 1 or not _same_features(result.directory, record, other):
-                continue
-            one, two = record.utterance, other.utterance
-            if one.emotion != two.emotion:
-                for this, that in ((one, two), (two, one)):
-                    told = f"has the same features as {printable(that.file)}, which is labelled {that.emotion}"
-                    reasons[this.file] = ("duplicate-conflict", told)
-            elif one.speaker != two.speaker:
-                told = f"has the same features as {printable(two.file)} of {two.speaker or 'an unknown speaker'}"
-                reasons[one.file] = ("duplicate-speaker", told)
-            else:
-                harmless.append(f"{printable(two.file)} = {printable(one.file)}")
+    for first, *others in alike.values():
+        others = [other for other in others if _same_features(result.directory, options, first, other)]
+        group = [first, *others]
+        labels = sorted({record.utterance.emotion for record in group})
+        speakers = {record.utterance.speaker for record in group}
+        if len(labels) > 1:
+            for record in group:
+                other = next(other for other in group if other.utterance.emotion != record.utterance.emotion)
+                label = printable(other.utterance.emotion)
+                told = f"has the same features as {printable(other.file)}, which is labelled {label}"
+                reasons[record.file] = ("duplicate-conflict", told)
+        elif len(speakers) > 1 or None in speakers:
+            for record in others:
+                whose = printable(first.utterance.speaker or "an unknown speaker")
+                told = f"has the same features as {printable(first.file)} of {whose}"
+                reasons[record.file] = ("duplicate-speaker", told)
+        else:
+            harmless += [f"{printable(first.file)} = {printable(record.file)}" for record in others]
     if harmless:
         result.notes.append(Note("duplicate", _some(harmless)))
     return reasons
 
 
-def _same_features(directory: Path, one: Record, other: Record) -> bool:
+def _same_features(directory: Path, options: ScanOptions, one: Record, other: Record) -> bool:
     """Compare two files whose checksums agree, which is no proof yet."""
     try:
-        first, second = (read_features(directory / record.file).array for record in (one, other))
-    except DataError:  # NaN read as zeros, or gone by now
+        first, second = (
+            read_features(directory / record.file, options.transpose, options.nan_to_zero).array
+            for record in (one, other)
+        )
+    except DataError:  # gone by now
         return False
     return np.array_equal(first, second)
 
@@ -907,6 +936,8 @@ def _notes(result: Scan) -> Iterator[Note]:
     reshaped = sum(len(record.shape) == 1 and record.shape[0] != result.dim for record in result.records)
     if reshaped:
         yield Note("reshaped", f"{reshaped} files, frames of {result.dim}")
+    if result.leading:
+        yield Note("leading-axis", f"{result.leading} files")
     if result.other_members:
         yield Note("other-arrays", _listing(dict(result.other_members.most_common()), 5))
 
@@ -938,7 +969,11 @@ def _class_notes(result: Scan) -> Iterator[Note]:
     speakers = collections.defaultdict(set)
     for record in result.records:
         speakers[record.utterance.emotion].add(record.utterance.speaker)
-    few = [f"{emotion} {len(who)} speakers" for emotion, who in speakers.items() if len(who) < 5 and None not in who]
+    few = [
+        f"{printable(emotion)} {len(who)} speakers"
+        for emotion, who in speakers.items()
+        if len(who) < 5 and None not in who
+    ]
     if few:
         yield Note("few-speakers", ", ".join(few))
     small = {emotion: count for emotion, count in counts.items() if count < 10}
@@ -977,10 +1012,14 @@ def folder(directory: str | Path) -> Path:
     """
     path = Path(directory)
     name = printable(str(directory))
-    if not path.exists():
-        raise UsageError(f"{name}: no such folder{_suggestion(path.parent)}")
-    if not path.is_dir():
-        raise UsageError(f"{name}: is a file; give the folder that holds the NPZ files")
+    try:
+        os.scandir(path).close()
+    except FileNotFoundError:
+        raise UsageError(f"{name}: no such folder{_suggestion(path.parent)}") from None
+    except NotADirectoryError:
+        raise UsageError(f"{name}: is a file; give the folder that holds the NPZ files") from None
+    except OSError as error:
+        raise UsageError(f"{name}: cannot be read: {error.strerror}") from None
     return path
 
 
@@ -988,7 +1027,7 @@ def _suggestion(folder: Path) -> str:
     """Look at the usual other places for features and name those that hold any."""
     usual = ("models/wav2vec", "wav2vec_features", "wav2vec", "features", "embeddings")
     places = [base / place for base in (folder, folder.parent) for place in usual]
-    found = [place for place in dict.fromkeys(places) if place.is_dir() and any(place.glob("*.npz"))]
+    found = [place for place in dict.fromkeys(places) if os.access(place, os.R_OK) and any(place.glob("*.npz"))]
     return f"; there are NPZ files in {', '.join(printable(str(place)) for place in found)}" if found else ""
 
 
@@ -1007,7 +1046,7 @@ def obstacles(result: Scan) -> list[str]:
         return ["no file can be used; mend the first of the findings above and the rest often follows"]
     classes = result.count("emotion")
     if len(classes) < 2:
-        return [f"all files have one emotion ({next(iter(classes))}); add files of another"]
+        return [f"all files have one emotion ({printable(next(iter(classes)))}); add files of another"]
     if len(result.records) < 10:
         return [f"{len(result.records)} usable files are too few to train and to test on; add more"]
     return []
@@ -1151,18 +1190,25 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def guarded(program: Callable[[], int]) -> int:
-    """Run a program so that a reader who has gone (141), Ctrl-C (130) or an odd encoding never gives a traceback."""
+    """Run a program so that a terminal, a pipe or a disk behind its output never gives a traceback.
+
+    A reader who has gone gives 141, Ctrl-C 130, an output that cannot be written 1.
+    """
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:
         return program()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the flush at exit fails once more
-        return 141
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         os._exit(130)  # an ordinary exit waits for a compilation under way, or crashes in it
+    except OSError as error:
+        if not isinstance(error, BrokenPipeError):
+            print(f"the output cannot be written: {error.strerror}", file=sys.stderr)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the flush at exit fails once more
+        return 141 if isinstance(error, BrokenPipeError) else 1
 
 
 def _verdict(result: Scan) -> Iterator[str]:

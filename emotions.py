@@ -120,8 +120,8 @@ _LETTERS = "a angry, d disgust, f fear, h happy, s sad"
 CORPORA: dict[str, Corpus] = {
     # Livingstone and Russo 2018: modality-channel-emotion-intensity-statement-repetition-actor. Neutral is not strong.
     "ravdess": Corpus(
-        r"(?!\d\d-\d\d-01-02)(?P<modality>0[123])-(?P<channel>0[12])-(?P<emotion>0[1-8])-(?P<intensity>0[12])"
-        r"-(?P<sentence>0[12])-(?P<repetition>0[12])-(?P<speaker>0[1-9]|1\d|2[0-4])",
+        r"(?![0-9][0-9]-[0-9][0-9]-01-02)(?P<modality>0[123])-(?P<channel>0[12])-(?P<emotion>0[1-8])-(?P<intensity>0[12])"
+        r"-(?P<sentence>0[12])-(?P<repetition>0[12])-(?P<speaker>0[1-9]|1[0-9]|2[0-4])",
         {
             "emotion": dict(zip([f"0{code}" for code in range(1, 9)], EMOTIONS)),
             "intensity": {"01": "normal", "02": "strong"},
@@ -132,7 +132,7 @@ CORPORA: dict[str, Corpus] = {
     ),
     # Cao et al. 2014: actor_sentence_emotion_level. Old copies hold one name that ends in a single X.
     "cremad": Corpus(
-        r"(?P<speaker>10(?:0[1-9]|[1-8]\d|9[01]))_(?P<sentence>IEO|TIE|IOM|IWW|TAI|MTI|IWL|ITH|DFA|ITS|TSI|WSI)"
+        r"(?P<speaker>10(?:0[1-9]|[1-8][0-9]|9[01]))_(?P<sentence>IEO|TIE|IOM|IWW|TAI|MTI|IWL|ITH|DFA|ITS|TSI|WSI)"
         r"_(?P<emotion>ANG|DIS|FEA|HAP|NEU|SAD)_(?P<intensity>LO|MD|HI|XX?)",
         {
             "emotion": _table("ang angry, dis disgust, fea fear, hap happy, neu neutral, sad sad"),
@@ -143,7 +143,7 @@ CORPORA: dict[str, Corpus] = {
     # The form of RAVDESS with other codes.
     "banglaser": Corpus(
         r"03-01-(?P<emotion>0[1-5])-(?P<intensity>0[12])-(?P<sentence>0[123])-(?P<repetition>0[123])"
-        r"-(?P<speaker>0[1-9]|[12]\d|3[0-4])",
+        r"-(?P<speaker>0[1-9]|[12][0-9]|3[0-4])",
         {
             "emotion": _table("01 happy, 02 sad, 03 angry, 04 surprise, 05 neutral"),
             "intensity": {"01": "normal", "02": "strong"},
@@ -158,19 +158,19 @@ CORPORA: dict[str, Corpus] = {
     ),
     # The bare form `su15` tells its speaker by the folder only.
     "savee": Corpus(
-        r"(?:(?P<speaker>DC|JE|JK|KL)_?)?(?P<emotion>sa|su|[adfhn])(?P<sentence>\d\d)",
+        r"(?:(?P<speaker>DC|JE|JK|KL)_?)?(?P<emotion>sa|su|[adfhn])(?P<sentence>[0-9][0-9])",
         {"emotion": _table("a angry, d disgust, f fear, h happy, n neutral, sa sad, su surprise")},
         gender=lambda speaker: "male",
         speaker_folder="DC|JE|JK|KL",
     ),
     # Burkhardt et al. 2005: speaker, text, emotion, version.
     "emodb": Corpus(
-        r"(?P<speaker>03|08|09|1[0-6])(?P<sentence>[ab]\d\d)(?P<emotion>[WLEAFTN])(?P<repetition>[a-f])",
+        r"(?P<speaker>03|08|09|1[0-6])(?P<sentence>[ab][0-9][0-9])(?P<emotion>[WLEAFTN])(?P<repetition>[a-f])",
         {"emotion": _table("w angry, l boredom, e disgust, a fear, f happy, t sad, n neutral")},
         gender=lambda speaker: "male" if speaker in ("03", "10", "11", "12", "15") else "female",
     ),
     "oreau": Corpus(
-        r"(?P<speaker>\d\d)(?P<sentence>[az]\d\d)(?P<emotion>[CDJNPST])(?P<repetition>a)",
+        r"(?P<speaker>[0-9][0-9])(?P<sentence>[az][0-9][0-9])(?P<emotion>[CDJNPST])(?P<repetition>a)",
         {"emotion": _table("c angry, d disgust, j happy, n neutral, p fear, s surprise, t sad")},
     ),
     "emovo": Corpus(
@@ -180,7 +180,7 @@ CORPORA: dict[str, Corpus] = {
     ),
     "jlcorpus": Corpus(
         r"(?P<speaker>(?:fe)?male[12])_(?P<emotion>angry|sad|neutral|happy|excited|anxious|apologetic|assertive"
-        r"|concerned|encouraging)_(?P<sentence>\d+[ab])_(?P<repetition>[12])",
+        r"|concerned|encouraging)_(?P<sentence>[0-9]+[ab])_(?P<repetition>[12])",
         prefixes=("jl", "jl-corpus", "jl_corpus"),
         gender=letter_is_gender,
     ),
@@ -199,7 +199,7 @@ CORPORA: dict[str, Corpus] = {
     ),
     # The number tells the emotion: five blocks of 350 sentences.
     "esd": Corpus(
-        r"(?P<speaker>00(?:0[1-9]|1\d|20))_(?P<emotion>00(?:0(?!000)\d{3}|1[0-6]\d\d|17[0-4]\d|1750))",
+        r"(?P<speaker>00(?:0[1-9]|1[0-9]|20))_(?P<emotion>00(?:0(?!000)[0-9]{3}|1[0-6][0-9][0-9]|17[0-4][0-9]|1750))",
         {
             "emotion": {
                 f"{number:06d}": ("neutral", "angry", "happy", "sad", "surprise")[(number - 1) // 350]
@@ -209,31 +209,31 @@ CORPORA: dict[str, Corpus] = {
         gender=lambda speaker: "female" if int(speaker) in (1, 2, 3, 7, 9, 12, 15, 16, 17, 18) else "male",
     ),
     "aesdd": Corpus(
-        r"(?P<emotion>[adfhs])(?P<sentence>\d\d) \(0?(?P<speaker>[1-6])\)(?P<repetition>[ab])?",
+        r"(?P<emotion>[adfhs])(?P<sentence>[0-9][0-9]) \(0?(?P<speaker>[1-6])\)(?P<repetition>[ab])?",
         {"emotion": _table(_LETTERS)},
         gender=odd_is_male,
     ),
     # The first F or M is the gender, the F of the emotion is fear.
     "shemo": Corpus(
-        r"(?P<speaker>[FM]\d\d)(?P<emotion>[AHNSWF])(?P<sentence>\d\d)",
+        r"(?P<speaker>[FM][0-9][0-9])(?P<emotion>[AHNSWF])(?P<sentence>[0-9][0-9])",
         {"emotion": _table("a angry, h happy, n neutral, s sad, w surprise, f fear")},
         gender=letter_is_gender,
     ),
     "urdu": Corpus(
-        r"(?P<speaker>S[MF]\d+)_(?P<file>F\d+)_(?P<emotion>[AHNS])(?P<sentence>\d+)",
+        r"(?P<speaker>S[MF][0-9]+)_(?P<file>F[0-9]+)_(?P<emotion>[AHNS])(?P<sentence>[0-9]+)",
         {"emotion": _table("a angry, h happy, n neutral, s sad")},
         gender=letter_is_gender,
     ),
     "emovdb": Corpus(
-        r"(?P<emotion>amused|anger|disgust|neutral|sleepiness)_\d+[-_]\d+_(?P<sentence>\d{4})",
+        r"(?P<emotion>amused|anger|disgust|neutral|sleepiness)_[0-9]+[-_][0-9]+_(?P<sentence>[0-9]{4})",
         prefixes=("emov-db", "emov_db"),
         gender=lambda speaker: "female" if speaker.lower() in ("bea", "jenie") else "male",
         speaker_folder="bea|jenie|josh|sam",
     ),
     # Speech and non-speech; modality-vocal-emotion-intensity-statement-actor-age-source-language and more.
     "asvpesd": Corpus(
-        r"(?P<modality>03)-(?P<channel>0[12])-(?P<emotion>0[1-9]|1[0-3])-(?P<intensity>0[12])-(?P<sentence>\d+)"
-        r"-(?P<speaker>\d+)-\d\d-\d\d(?:-\d+){0,4}",
+        r"(?P<modality>03)-(?P<channel>0[12])-(?P<emotion>0[1-9]|1[0-3])-(?P<intensity>0[12])-(?P<sentence>[0-9]+)"
+        r"-(?P<speaker>[0-9]+)-[0-9][0-9]-[0-9][0-9](?:-[0-9]+){0,4}",
         {
             "emotion": _table(
                 "01 boredom, 02 neutral, 03 happy, 04 sad, 05 angry, 06 fear, 07 disgust, 08 surprise, 09 excited,"
@@ -247,34 +247,37 @@ CORPORA: dict[str, Corpus] = {
         gender=even_is_male,
     ),
     "subesco": Corpus(
-        r"(?P<speaker>[FM]_\d\d)_[A-Z]+_S_(?P<sentence>10|[1-9])"
+        r"(?P<speaker>[FM]_[0-9][0-9])_[A-Z]+_S_(?P<sentence>10|[1-9])"
         r"_(?P<emotion>ANGRY|DISGUST|FEAR|HAPPY|NEUTRAL|SAD|SURPRISE)_(?P<repetition>[1-5])\]?",
         gender=letter_is_gender,
     ),
     # Dialogues of two; the letter tells the emotion, nothing tells the speaker.
     "resd": Corpus(
-        r"\d\d_[a-z]+_[a-z]+[ _](?P<emotion>[adefhns])_\d{3}",
+        r"[0-9][0-9]_[a-z]+_[a-z]+[ _](?P<emotion>[adefhns])_[0-9]{3}",
         {"emotion": _table(_LETTERS + ", e enthusiasm, n neutral")},
     ),
     "ased": Corpus(
-        r"(?P<emotion>[nfhsa])[1-5]-(?P<sentence>\d\d)-(?P<repetition>\d\d)-(?P<gender>0[12])-(?P<speaker>\d\d)",
+        r"(?P<emotion>[nfhsa])[1-5]-(?P<sentence>[0-9][0-9])-(?P<repetition>[0-9][0-9])-(?P<gender>0[12])-(?P<speaker>[0-9][0-9])",
         {"emotion": _table("n neutral, f fear, h happy, s sad, a angry"), "gender": {"01": "female", "02": "male"}},
     ),
     "turevdb": Corpus(
-        r"(?P<speaker>\d{4})_(?P<emotion>kz|hl|sk|mt)_(?P<sentence>\w+)",
+        r"(?P<speaker>[0-9]{4})_(?P<emotion>kz|hl|sk|mt)_(?P<sentence>\w+)",
         {"emotion": _table("kz angry, hl sad, sk calm, mt happy")},
         prefixes=("turev", "turev-db", "turev_db"),
     ),
     "polish": Corpus(
-        r"(?P<speaker>[mf]\d)\.(?P<emotion>[asn])_(?P<sentence>[a-z]+)_(?P<repetition>\d)",
+        r"(?P<speaker>[mf][0-9])\.(?P<emotion>[asn])_(?P<sentence>[a-z]+)_(?P<repetition>[0-9])",
         {"emotion": _table("a angry, s fear, n neutral")},
         gender=letter_is_gender,
     ),
     "enterface": Corpus(
-        r"s_?(?P<speaker>\d+)_(?P<emotion>an|di|fe|ha|sa|su)(?:_(?P<sentence>\d)(?:avi)?)?",
+        r"s_?(?P<speaker>[0-9]+)_(?P<emotion>an|di|fe|ha|sa|su)(?:_(?P<sentence>[0-9])(?:avi)?)?",
         {"emotion": _table("an angry, di disgust, fe fear, ha happy, sa sad, su surprise")},
     ),
 }
+
+#: Corpora whose names look alike; where the user says which is meant, the other one is not.
+_SHARED_FORMS = ({"ravdess", "banglaser"}, {"emodb", "oreau"})
 
 #: Recordings of CREMA-D that are damaged, or the same audio as another one with another label.
 _DAMAGED = {
@@ -351,9 +354,11 @@ def without_extensions(file: str) -> str:
     return _EXTENSIONS.sub("", file)
 
 
-def own_utterance(file: str, emotion: str, speaker: str | None = None, **fields: str | None) -> Utterance:
+def own_utterance(
+    file: str, emotion: str, speaker: str | None = None, fields: Mapping[str, str | None] | None = None
+) -> Utterance:
     """An utterance of a user's own scheme; emotion words are folded, others kept in lower case."""
-    known = {name: value for name, value in fields.items() if name in _FIELDS}
+    known = {name: value for name, value in (fields or {}).items() if name in _FIELDS}
     word = emotion_word(emotion.strip()) or emotion.strip().lower()
     return Utterance(file, "own", word, f"own:{speaker.strip()}" if speaker and speaker.strip() else None, **known)
 
@@ -373,10 +378,11 @@ def _prefixes(corpora: tuple[str, ...]) -> tuple[re.Pattern[str], dict[str, str]
     return re.compile(f"({longest_first})[_-]+(?=.)", re.IGNORECASE), owners
 
 
-def _strip(name: str) -> tuple[str, str | None]:
+def _strip(name: str, suffixes: bool = True) -> tuple[str, str | None]:
     """Strip folders, extensions, feature suffixes and the corpus prefix; return the stem and the prefix's corpus."""
-    stem = _SUFFIXES.sub("", _EXTENSIONS.sub("", _FOLDERS.split(name)[-1]))
-    stem = _EXTENSIONS.sub("", stem)  # `x.wav_wav2vec.npz`: an extension may hide behind the suffix
+    stem = _EXTENSIONS.sub("", _FOLDERS.split(name)[-1])
+    if suffixes:
+        stem = _EXTENSIONS.sub("", _SUFFIXES.sub("", stem))  # `x.wav_wav2vec.npz`: an extension may hide behind it
     pattern, owners = _prefixes(tuple(CORPORA))
     prefix = pattern.match(stem)
     return (stem[prefix.end() :], owners[prefix[1].lower()]) if prefix else (stem, None)
@@ -431,6 +437,17 @@ def _matches(stem: str, candidates: Iterable[str]) -> dict[str, re.Match[str]]:
     return {}
 
 
+def _claimed(name: str, corpus: str | None = None) -> tuple[str, str | None, dict[str, re.Match[str]]]:
+    """The stem of a name, the corpus that its prefix (or the caller) tells, and the corpora that can claim it."""
+    for suffixes in (True, False):  # a word of the name may look like a suffix: `1984_kz_features`
+        stem, owner = _strip(name, suffixes)
+        owner = corpus or owner
+        matches = _matches(stem, [owner] if owner else CORPORA)
+        if matches:
+            return stem, owner, matches
+    return _strip(name)[0], owner, {}
+
+
 def parse_names(names: Iterable[str], corpus: str | None = None) -> list[Utterance | ValueError]:
     """Read the names of a whole folder, which together tell more than each alone.
 
@@ -450,8 +467,7 @@ def parse_names(names: Iterable[str], corpus: str | None = None) -> list[Utteran
     _check_corpus(corpus)
     found = []
     for name in names:
-        stem, owner = _strip(name)
-        found.append((name, stem, owner, _matches(stem, [owner] if owner else CORPORA)))
+        found.append((name, *_claimed(name)))
     evident = {key for *_, matches in found if len(matches) == 1 for key in matches}
     return [_decided(*one, corpus, evident) for one in found]
 
@@ -462,6 +478,8 @@ def _decided(
     if not matches:
         return ValueError(_misunderstood(stem, [owner] if owner else list(CORPORA)))
     likely = {corpus} & matches.keys() or (matches.keys() if len(matches) == 1 else matches.keys() & evident)
+    if corpus and not owner and corpus not in matches and any({corpus, *matches} <= forms for forms in _SHARED_FORMS):
+        return ValueError(f"{stem!r} is a name of {next(iter(matches))} and cannot be one of {corpus}")
     if len(likely) != 1:
         return AmbiguousName(
             f"{stem!r} can be a name of {' or of '.join(matches)}, which do not share their codes or their speakers"
@@ -503,9 +521,7 @@ def parse_name(name: str, corpus: str | None = None) -> Utterance:
     'angry'
     """
     _check_corpus(corpus)
-    stem, owner = _strip(name)
-    candidates = [corpus or owner] if corpus or owner else list(CORPORA)
-    result = _decided(name, stem, corpus or owner, _matches(stem, candidates), None, set())
+    result = _decided(name, *_claimed(name, corpus), None, set())
     if isinstance(result, ValueError):
         raise result
     return result

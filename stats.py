@@ -13,6 +13,7 @@ import json
 import math
 import os
 import shutil
+import stat
 import struct
 import warnings
 from pathlib import Path
@@ -44,6 +45,38 @@ class DataError(ValueError):
 
 
 # --- reading and writing ------------------------------------------------------------------------------------------
+
+
+# O_NONBLOCK: opening a FIFO that nobody writes would wait for ever.
+_OPEN_FLAGS = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+
+
+def read_bytes(path: str | Path, limit: int = 1 << 30) -> bytes:
+    """Read a regular file of at most `limit` bytes, without waiting for a FIFO that bears its name.
+
+    Raises
+    ------
+    DataError
+        `unreadable`, `not-a-file` or `too-large`.
+    """
+    try:
+        descriptor = os.open(path, _OPEN_FLAGS)
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        raise DataError("unreadable", f"cannot be opened: {getattr(error, 'strerror', error)}") from None
+    try:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise DataError("not-a-file", "is not a regular file")
+        if status.st_size > limit:
+            raise DataError("too-large", f"has {status.st_size} bytes, more than an utterance's features ever have")
+        blob = os.read(descriptor, status.st_size + 1)
+        while len(blob) < status.st_size and (more := os.read(descriptor, status.st_size + 1 - len(blob))):
+            blob += more
+        return blob
+    except OSError as error:
+        raise DataError("unreadable", f"cannot be read: {error.strerror}") from None
+    finally:
+        os.close(descriptor)
 
 
 class NpyHeader(NamedTuple):
@@ -292,7 +325,7 @@ class Stored(NamedTuple):
 
 def _read_statistic(path: Path) -> np.ndarray:
     try:
-        array = npy_array(path.read_bytes())
+        array = npy_array(read_bytes(path))
     except DataError as error:
         raise DataError("bad-statistics", f"{path.name}: {error.reason}") from None
     if array.ndim != 1 or not array.size:
@@ -323,9 +356,9 @@ def load(folder: Path) -> Stored | None:
         of one width.
     """
     paths = [folder / MEAN_FILE, folder / STD_FILE]
-    there = [path for path in paths if path.is_file()]
+    there = [path for path in paths if os.path.lexists(path)]
     binding = _binding(folder)
-    ours = [path for path in there if _sha256(path.read_bytes()) == binding["sha256"].get(path.name)]
+    ours = [path for path in there if _sha256(_bytes_of(path)) == binding["sha256"].get(path.name)]
     if not there or (len(there) == len(ours) == 1):
         return None
     if len(there) == 1:
@@ -343,13 +376,22 @@ def load(folder: Path) -> Stored | None:
     return Stored(Statistics(mean, std), not ours, binding["fingerprint"] if ours else None)
 
 
+def _bytes_of(path: Path) -> bytes:
+    try:
+        return read_bytes(path)
+    except DataError as error:
+        raise DataError("bad-statistics", f"{path.name} {error.reason}") from None
+
+
 def _binding(folder: Path) -> dict:
     try:
-        binding = json.loads((folder / BINDING_FILE).read_text())
+        if not os.path.lexists(folder / BINDING_FILE):
+            return {"sha256": {}, "fingerprint": ""}
+        binding = json.loads(_bytes_of(folder / BINDING_FILE))
         return {"sha256": dict(binding["sha256"]), "fingerprint": str(binding["fingerprint"])}
-    except FileNotFoundError:
-        return {"sha256": {}, "fingerprint": ""}
-    except (OSError, ValueError, KeyError, TypeError):
+    except DataError:
+        raise
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise DataError(
             "bad-statistics", f"{BINDING_FILE} is damaged; delete it if the two files are yours, else all three"
         ) from None

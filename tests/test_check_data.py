@@ -542,6 +542,21 @@ def test_vectors_of_another_width_are_left_out_even_if_it_is_a_multiple(tmp_path
     assert result.left_out() == {"other-width": 1}
 
 
+@pytest.mark.parametrize("odd", [(8, 1), (1, 4), (5, 4), (6, 2)])
+def test_one_odd_file_does_not_cut_up_the_vectors_of_the_set(tmp_path, odd):
+    for k in range(6):
+        named(tmp_path, k, emb=numbers(*(odd if k == 5 else (8,)), seed=k))
+    result = scan(tmp_path)
+    assert (result.dim, len(result.records), len(result.findings)) == (8, 5, 1)
+
+
+def test_many_flat_sequences_are_known_by_a_few_real_ones(tmp_path):
+    for k in range(12):
+        named(tmp_path, k, emb=numbers(*((3, 8) if k < 2 else (8 * (2 + k // 4),)), seed=k))
+    result = scan(tmp_path)
+    assert (result.dim, len(result.records)) == (8, 12)
+
+
 def test_a_tie_of_widths_asks(tmp_path):
     for k in range(4):
         named(tmp_path, k, emb=numbers(8 if k % 2 else 12, seed=k))
@@ -562,6 +577,22 @@ def test_statistics_of_another_width_are_refused_with_both_numbers(tmp_path):
         scan(tmp_path)
     with pytest.raises(stats.DataError, match=r"has 5 numbers and --dim says 8"):
         scan(tmp_path, dim=8)
+
+
+def test_vectors_of_one_length_are_not_cut_to_fit_statistics(tmp_path):
+    for k in range(3):
+        named(tmp_path, k, emb=numbers(8, seed=k))
+    supply(tmp_path, 4)
+    with pytest.raises(stats.DataError, match=r"has 4 numbers and the files have shape \(8,\)"):
+        scan(tmp_path)
+
+
+def test_a_leading_axis_is_dropped_and_counted(tmp_path):
+    for k, shape in enumerate([(1, 8), (1, 3, 8), (8,), (4, 8)]):
+        named(tmp_path, k, emb=numbers(*shape, seed=k))
+    result = scan(tmp_path)
+    assert [record.shape for record in result.records] == [(8,), (3, 8), (8,), (4, 8)]
+    assert check_data.Note("leading-axis", "2 files") in result.notes
 
 
 def test_our_own_statistics_for_other_files_bind_no_width(tmp_path):
@@ -675,6 +706,18 @@ def test_impossible_scan_options_are_refused(options):
         check_data.ScanOptions(**{"directory": "D", **options})
 
 
+@pytest.mark.parametrize("options", [{"merge": ("clam=neutral",)}, {"classes": "hapy,sad"}])
+def test_a_word_that_no_file_has_is_refused(sample, options):
+    with pytest.raises(check_data.UsageError, match=r"no file has the emotion (clam|hapy); found: angry, calm"):
+        scan(sample, **options)
+
+
+@pytest.mark.parametrize("entry", ["calm", "calm=", "=calm", "a=b=c", "a,b=c"])
+def test_merge_needs_two_words(entry):
+    with pytest.raises(check_data.UsageError, match="--merge must be as calm=neutral"):
+        check_data.ScanOptions("D", merge=(entry,))
+
+
 def test_ambiguous_names_ask_for_the_corpus(tmp_path):
     for actor in range(1, 4):
         write(tmp_path / f"03-01-05-01-02-01-0{actor}.npz", emb=numbers(8, seed=actor))
@@ -724,6 +767,31 @@ def test_the_same_features_under_two_labels_are_both_left_out(sample):
         (one.file, "duplicate-conflict"),
         (other.file, "duplicate-conflict"),
     }
+
+
+def test_a_third_copy_does_not_save_a_conflict(sample):
+    one, two = scan(sample, classes="happy").records[:2]
+    other = scan(sample, classes="sad").records[0]
+    for copy in (two, other):
+        shutil.copy(sample / one.file, sample / copy.file)
+    assert scan(sample).left_out() == {"duplicate-conflict": 3}
+
+
+def test_duplicates_with_nan_are_found_too(sample):
+    one, other = scan(sample, classes="happy").records[0], scan(sample, classes="sad").records[0]
+    array = read_features(sample / one.file).array
+    array[2] = np.nan
+    for copy in (one, other):
+        np.savez(sample / copy.file, emb=array)
+    assert scan(sample, nan_to_zero=True).left_out() == {"duplicate-conflict": 2}
+
+
+def test_copies_of_nobody_knows_whom_are_left_out(tmp_path):
+    (tmp_path / "sad").mkdir()
+    for name in "abc":
+        write(tmp_path / "sad" / f"{name}.npz")
+    result = scan(tmp_path)
+    assert (len(result.records), result.left_out()) == (1, {"duplicate-speaker": 2})
 
 
 def test_the_same_features_of_two_speakers_cannot_straddle_a_split(sample):
@@ -874,6 +942,35 @@ def test_a_reader_that_goes_away_is_no_fault(sample):
     )
     assert done.stdout.strip() in ("141", "0")
     assert done.stderr == ""
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_an_output_that_cannot_be_written_is_one_line(sample):
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, ROOT / "check_data.py", sample],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert done.returncode == 1
+    assert done.stderr == "the output cannot be written: No space left on device\n"
+
+
+@pytest.mark.parametrize("name", ["a" * 300, "with\nline"])
+def test_an_impossible_folder_is_one_line(name, tmp_path):
+    done = run(tmp_path / name)
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_an_emotion_of_a_table_cannot_forge_a_line(tmp_path):
+    write(tmp_path / "x.npz")
+    table = tmp_path / "labels.csv"
+    table.write_text('file,emotion,speaker\nx,"sad\n  ready        python evil",y\n')
+    done = run(tmp_path, "--labels", table)
+    assert not [line for line in done.stdout.splitlines() if line.startswith("  ready")]
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "utf-8"])

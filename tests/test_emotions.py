@@ -114,7 +114,9 @@ def test_the_rest_of_the_folder_decides(evidence, corpus, emotion):
 def test_a_folder_of_both_is_refused_unless_the_user_says_which():
     names = ["03-01-05-01-02-01-12", "03-01-07-01-02-01-12", "03-01-05-01-03-01-12"]
     assert corpora_of(names) == [None, "ravdess", "banglaser"]
-    assert corpora_of(names, "banglaser") == ["banglaser", "ravdess", "banglaser"]
+    assert corpora_of(names, "banglaser") == ["banglaser", None, "banglaser"]
+    assert corpora_of(names, "ravdess") == ["ravdess", "ravdess", None]
+    assert corpora_of([*names, "1025_TSI_HAP_XX"], "ravdess")[-1] == "cremad"
 
 
 def test_emodb_and_oreau_are_told_apart_by_their_letters():
@@ -235,6 +237,60 @@ def test_official_ravdess_folds_hold_every_actor_once(scheme):
 def test_official_cremad_folds_hold_every_actor_once():
     tested = [speaker for block in emotions.SCHEMES["emosuperb-cremad"].test for speaker in block]
     assert sorted(tested) == [f"cremad:{actor}" for actor in range(1001, 1092)]
+
+
+#: Which code means what, written a second time: the tables themselves are not to be trusted.
+CODES = {
+    "ravdess": "01 neutral 02 calm 03 happy 04 sad 05 angry 06 fear 07 disgust 08 surprise",
+    "cremad": "ang angry dis disgust fea fear hap happy neu neutral sad sad",
+    "banglaser": "01 happy 02 sad 03 angry 04 surprise 05 neutral",
+    "savee": "a angry d disgust f fear h happy n neutral sa sad su surprise",
+    "emodb": "w angry l boredom e disgust a fear f happy t sad n neutral",
+    "oreau": "c angry d disgust j happy n neutral p fear s surprise t sad",
+    "emovo": "neu neutral dis disgust gio happy pau fear rab angry sor surprise tri sad",
+    "cafe": "c angry d disgust j happy n neutral p fear s surprise t sad",
+    "aesdd": "a angry d disgust f fear h happy s sad",
+    "shemo": "a angry h happy n neutral s sad w surprise f fear",
+    "urdu": "a angry h happy n neutral s sad",
+    "asvpesd": "01 boredom 02 neutral 03 happy 04 sad 05 angry 06 fear 07 disgust 08 surprise 09 excited 10 pleasure"
+    " 11 pain 12 disappointed 13 other",
+    "resd": "a angry d disgust e enthusiasm f fear h happy n neutral s sad",
+    "ased": "n neutral f fear h happy s sad a angry",
+    "turevdb": "kz angry hl sad sk calm mt happy",
+    "polish": "a angry s fear n neutral",
+    "enterface": "an angry di disgust fe fear ha happy sa sad su surprise",
+}
+
+
+def test_every_code_means_what_its_corpus_says():
+    for key, corpus in emotions.CORPORA.items():
+        if key != "esd":  # by number, tested above
+            words = CODES.get(key, "").split()
+            assert corpus.codes.get("emotion", {}) == dict(zip(words[::2], words[1::2])), key
+
+
+def test_levels_and_genders_are_those_of_their_corpora():
+    levels = {"LO": "low", "MD": "medium", "HI": "high", "XX": None, "X": None}
+    for code, level in levels.items():
+        assert emotions.parse_name(f"1001_IEO_ANG_{code}").intensity == level
+    for speaker in ("03", "10", "11", "12", "15", "08", "09", "13", "14", "16"):
+        gender = "male" if speaker in ("03", "10", "11", "12", "15") else "female"
+        assert emotions.parse_name(f"emodb_{speaker}a01Wa").gender == gender
+    female = [n for n in range(1, 21) if emotions.parse_name(f"{n:04d}_000001").gender == "female"]
+    assert female == [1, 2, 3, 7, 9, 12, 15, 16, 17, 18]
+    for prefix in ("crema-d", "crema_d", "crema", "cremad"):
+        assert emotions.parse_name(f"{prefix}_1001_IEO_ANG_HI").emotion == "angry"
+    assert emotions.known_damage(emotions.parse_name("1064_IEO_DIS_MD")).startswith("a minute")
+
+
+@pytest.mark.parametrize("name", ["1984_kz_features", "Fear_C_B_emb", "mesd_Fear_C_B_wav2vec"])
+def test_a_word_that_looks_like_a_suffix_is_kept(name):
+    assert emotions.parse_name(name).sentence in ("features", "emb", "wav2vec")
+
+
+def test_only_plain_digits_are_digits():
+    with pytest.raises(ValueError, match="is not"):
+        emotions.parse_name("0011_00014\u0660")
 
 
 def test_every_emotion_table_is_that_of_its_pattern():

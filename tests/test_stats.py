@@ -238,6 +238,29 @@ def test_statistics_that_cannot_be_used_are_refused(tmp_path, mean, std, told):
     assert error.value.code == "bad-statistics"
 
 
+@pytest.mark.parametrize("name", [stats.MEAN_FILE, stats.STD_FILE, stats.BINDING_FILE])
+@pytest.mark.parametrize("kind", ["fifo", "folder", "dangling"])
+def test_statistics_that_are_no_files_are_named_without_waiting(tmp_path, name, kind):
+    stats.save(tmp_path, some_statistics(), "print")
+    (tmp_path / name).unlink()
+    if kind == "fifo":
+        os.mkfifo(tmp_path / name)
+    elif kind == "folder":
+        (tmp_path / name).mkdir()
+    else:
+        (tmp_path / name).symlink_to("nowhere")
+    with pytest.raises(stats.DataError, match=name) as error:
+        stats.load(tmp_path)
+    assert error.value.code == "bad-statistics"
+
+
+def test_a_json_that_is_too_deep_is_damaged(tmp_path):
+    stats.save(tmp_path, some_statistics(), "print")
+    (tmp_path / stats.BINDING_FILE).write_text("[" * 200_000)
+    with pytest.raises(stats.DataError, match="is damaged"):
+        stats.load(tmp_path)
+
+
 def test_a_damaged_json_is_named(tmp_path):
     stats.save(tmp_path, some_statistics(), "print")
     (tmp_path / stats.BINDING_FILE).write_text(json.dumps(["nonsense"]))
