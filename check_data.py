@@ -671,7 +671,7 @@ def _by_table(files: list[str], table: Path) -> Iterator[Named | DataError]:
 
 
 def _words(text: str) -> list[str]:
-    return [emotions.emotion_word(word.strip()) or word.strip().lower() for word in text.split(",") if word.strip()]
+    return [emotions.fold_emotion(word) for word in text.split(",") if word.strip()]
 
 
 class _Wanted:
@@ -698,10 +698,6 @@ class _Wanted:
 # --- which width they have ---
 
 
-def _sequence_widths(shapes: Iterable[tuple[int, ...]]) -> set[int]:
-    return {shape[-1] for shape in shapes if len(shape) == 2}
-
-
 def _shows_width(shapes: collections.Counter, width: int) -> bool:
     """Whether sequences of this width say that flat vectors of T * D values belong to them.
 
@@ -715,8 +711,8 @@ def _shows_width(shapes: collections.Counter, width: int) -> bool:
 
 def _common_width(shapes: collections.Counter) -> int | None:
     """The width D that most files fit: vectors (D,), sequences (T, D), and flat (T * D,) where sequences show D."""
-    heights = {shape[0] for shape in shapes if len(shape) == 2}
-    if len(_sequence_widths(shapes)) > 2 and len(heights) == 1 and all(len(shape) == 2 for shape in shapes):
+    heights = {shape[0] for shape in shapes}
+    if len(shapes) > 2 and len(heights) == 1 and all(len(shape) == 2 for shape in shapes):
         return heights.pop()  # (D, T) with T that varies
     support = collections.Counter()
     for width in {shape[-1] for shape in shapes}:

@@ -338,6 +338,12 @@ def emotion_word(word: str) -> str | None:
     return _WORDS.get(word.casefold())
 
 
+def fold_emotion(word: str) -> str:
+    """An emotion in the common vocabulary, or as the corpus or the user calls it, in lower case."""
+    word = word.strip()
+    return emotion_word(word) or word.lower()
+
+
 def folder_emotion(folder: str) -> str | None:
     """Read the emotion off a folder's name: `happy`, `03_Happy` and `OAF_Fear` have one; None unless exactly one."""
     found = {emotion_word(token) for token in re.split(r"[\W\d_]+", folder)} - {None}
@@ -359,8 +365,9 @@ def own_utterance(
 ) -> Utterance:
     """An utterance of a user's own scheme; emotion words are folded, others kept in lower case."""
     known = {name: value for name, value in (fields or {}).items() if name in _FIELDS}
-    word = emotion_word(emotion.strip()) or emotion.strip().lower()
-    return Utterance(file, "own", word, f"own:{speaker.strip()}" if speaker and speaker.strip() else None, **known)
+    return Utterance(
+        file, "own", fold_emotion(emotion), f"own:{speaker.strip()}" if speaker and speaker.strip() else None, **known
+    )
 
 
 def known_damage(utterance: Utterance) -> str | None:
@@ -538,11 +545,10 @@ def _utterance(name: str, corpus_id: str, match: re.Match[str]) -> Utterance:
     speaker = fields.pop("speaker", None) or _folder_speaker(name, corpus)
     if speaker and corpus.gender:
         fields["gender"] = corpus.gender(speaker)
-    emotion = fields.pop("emotion")
     return Utterance(
         file=name,
         corpus=corpus_id,
-        emotion=emotion_word(emotion) or emotion.lower(),
+        emotion=fold_emotion(fields.pop("emotion")),
         speaker=f"{corpus_id}:{speaker}" if speaker else None,
         **fields,
     )
