@@ -421,6 +421,14 @@ def probabilities(logits: np.ndarray) -> np.ndarray:
     return shifted / shifted.sum(-1, keepdims=True)
 
 
+def balanced_cross_entropy(logits: np.ndarray, label: np.ndarray) -> float:
+    """Mean over the classes present of the mean cross-entropy, in nats; logits (N, C), label (N,)."""
+    peak = logits.max(1, keepdims=True)
+    loss = np.log(np.exp(logits - peak).sum(1)) + peak[:, 0] - logits[np.arange(len(label)), label]
+    count = np.bincount(label)
+    return float((np.bincount(label, loss)[count > 0] / count[count > 0]).mean())
+
+
 def confusion_matrix(label: np.ndarray, predicted: np.ndarray, classes: int) -> np.ndarray:
     """Count label (rows) against prediction (columns), shape (C, C)."""
     return np.bincount(label * classes + predicted, minlength=classes * classes).reshape(classes, classes)

@@ -7,8 +7,8 @@
 What it does, in order: scan, pack, plan the folds, normalise, train all folds and the final model as one compiled
 program, score the out-of-fold predictions, save the artifacts, print the report.
 
-Axes: P population (K folds and the final model, S seeds each), N utterances, B batch, V validation utterances,
-T frames, D features, W hidden width, C classes.
+Axes: P population (K folds and the final model, S seeds each), N utterances, B batch, T frames, D features, W hidden
+width, C classes; of frame sequences M chunks of L frames in all, G of them in a batch.
 """
 
 import argparse
@@ -19,12 +19,14 @@ import glob
 import importlib.metadata
 import importlib.util
 import io
+import itertools
 import json
 import logging
 import logging.handlers
 import math
 import os
 import platform
+import stat
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -44,8 +46,22 @@ from check_data import demand, option
 log = logging.getLogger("train")
 
 EPOCHS_A_CALL = 4  # the host looks at the figures, prints and decides between calls
+CHUNKS_A_SEQUENCE = 8  # frames are stored in chunks so long that a sequence of average length has as many
+SHRINKAGES = (0.1, 0.3, 0.5)  # of the covariance behind the linear part
+HIDDEN_WEIGHTS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0, 1.3, 1.6, 2.0)  # of the logits of the hidden layer in the sum
+LINEAR_WEIGHTS = (0.0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.6, 0.8, 1.0)  # and of those of the linear part
 STEPS_AN_EPOCH = 16  # at least, for sets so small that whole batches would leave too few updates
 BAD_STEPS_END = 5  # steps in a row with a loss or gradient that is not finite
+
+
+SWEEP = {  # the grid of --sweep: every combination
+    "learning_rate": (3e-4, 1e-3),
+    "weight_decay": (1e-2, 3e-1),
+    "dropout": (0.3, 0.5),
+    "width": (0.5, 1.0),  # of --width
+    "label_smoothing": (0.0, 0.1),
+    "mixup": (0.0, 0.4),
+}
 
 
 # --- options ------------------------------------------------------------------------------------------------------
@@ -63,12 +79,17 @@ class Config(check_data.ScanOptions):
     epochs: int = option(40, "most epochs to train")
     patience: int = option(10, "epochs without a better validation loss after which a fold stops")
     batch: int = option(64, "most utterances in a batch; small sets get smaller ones, for 16 batches an epoch")
+    pooling: str = option("attentive", "how frame sequences become vectors: attentive (mean and deviation) or mean")
     width: int = option(256, "units of the hidden layer")
-    dropout: float = option(0.5, "share of hidden units dropped while training")
+    dropout: float = option(0.5, "share of hidden units dropped while training, in steps of 1/256")
     learning_rate: float = option(1e-3, "peak learning rate of AdamW; a cosine takes it to zero")
     weight_decay: float = option(1e-2, "weight decay of AdamW")
     label_smoothing: float = option(0.1, "share of a label that is spread over all classes while training")
+    mixup: float = option(0.0, "largest share of another utterance that is mixed in while training")
     clip: float = option(1.0, "largest global norm of the gradient")
+    precision: str = option("float32", "of the matrix products: float32 or bfloat16; all else stays float32")
+    sweep: bool = option(False, f"train {' x '.join(SWEEP)} settings and let validation choose for each fold")
+    no_compile_cache: bool = option(False, "do not keep the compiled program for the next run")
     recompute_stats: bool = option(False, "compute the statistics in DIR again")
 
     def __post_init__(self):
@@ -79,8 +100,10 @@ class Config(check_data.ScanOptions):
             demand(getattr(self, name) >= 1, name, "at least 1")
         for name in ("learning_rate", "clip"):
             demand(0 < getattr(self, name) < math.inf, name, "above 0")
-        for name in ("dropout", "label_smoothing"):
+        for name in ("dropout", "label_smoothing", "mixup"):
             demand(0 <= getattr(self, name) < 1, name, "at least 0 and below 1")
+        demand(self.pooling in ("attentive", "mean"), "pooling", "attentive or mean")
+        demand(self.precision in ("float32", "bfloat16"), "precision", "float32 or bfloat16")
         demand(0 <= self.weight_decay < math.inf, "weight_decay", "at least 0")
         demand(0 <= self.seed < 2**32, "seed", "from 0 to 4294967295")
 
@@ -96,11 +119,39 @@ def parse_config(arguments: list[str] | None = None) -> Config:
 # --- data ---------------------------------------------------------------------------------------------------------
 
 
+class Frames(NamedTuple):
+    """Frame sequences cut into chunks of L frames, the last one of each filled up with zeros.
+
+    `chunks` is float32, shape (M, L, D), less `centre`, (D,), so that sums of squares keep their digits; `first` is the
+    first chunk of each utterance and `count` how many it has, shape (N,). Chunks keep padding small without sorting
+    utterances of one length into one batch.
+    """
+
+    chunks: np.ndarray
+    centre: np.ndarray
+    first: np.ndarray
+    count: np.ndarray
+
+    @classmethod
+    def of(cls, sequences: list[np.ndarray], centre: np.ndarray) -> "Frames":
+        """Pack sequences of shape (T, D); the list is emptied, so that hardly more than the result is in memory."""
+        length = np.array([len(sequence) for sequence in sequences])
+        size = max(1, round(length.mean() / CHUNKS_A_SEQUENCE))
+        count = -(-length // size)
+        first = np.cumsum(count) - count
+        chunks = np.zeros((count.sum(), size, sequences[0].shape[1]), np.float32)
+        rows = chunks.reshape(-1, chunks.shape[2])
+        for place in range(len(sequences) - 1, -1, -1):
+            np.subtract(sequences.pop(), centre, out=rows[first[place] * size :][: length[place]])
+        return cls(chunks, centre, first, count)
+
+
 class Dataset(NamedTuple):
     """All usable utterances, sorted by file name.
 
     `x` is the mean over the frames of each, float32, shape (N, D); `length` the number of frames; `label` indexes
-    `classes`; `moments` are those of the frames of each utterance, stacked along N.
+    `classes`; `moments` are those of the frames of each utterance, stacked along N; `frames` is None where every
+    utterance is a single vector.
     """
 
     x: np.ndarray
@@ -109,20 +160,24 @@ class Dataset(NamedTuple):
     classes: tuple[str, ...]
     utterances: list[emotions.Utterance]
     moments: stats.Moments
+    frames: Frames | None = None
 
 
-def pack(scan: check_data.Scan) -> Dataset:
-    """Turn a scan that kept its features into one block; the scan's own arrays are given up on the way."""
+def pack(scan: check_data.Scan, pooling: str = "attentive") -> Dataset:
+    """Turn a scan that kept its features into one block; the scan's own arrays are given up on the way.
+
+    With mean pooling an utterance is the mean of its frames, and the frames are not kept.
+    """
     classes = tuple(scan.count("emotion"))
-    label = np.array([classes.index(record.utterance.emotion) for record in scan.records])
-    frames, scan.features = scan.features, []
-    moments, length = [], np.array([len(sequence) for sequence in frames])
-    frames.reverse()
-    while frames:
-        moments.append(stats.Moments.of(frames.pop()))
-    stacked = stats.Moments.stack(moments)
+    label = np.array([classes.index(record.utterance.emotion) for record in scan.records], np.int32)
+    sequences, scan.features = scan.features, []
+    length = np.array([len(sequence) for sequence in sequences])
+    moments = stats.Moments.stack([stats.Moments.of(sequence) for sequence in sequences])
+    centre = moments.merged().mean.astype(np.float32)
+    frames = Frames.of(sequences, centre) if pooling != "mean" and length.max() > 1 else None
+    length = length if frames else np.ones_like(length)
     utterances = [record.utterance for record in scan.records]
-    return Dataset(stacked.mean.astype(np.float32), length, label, classes, utterances, stacked)
+    return Dataset(moments.mean.astype(np.float32), length, label, classes, utterances, moments, frames)
 
 
 class Plan(NamedTuple):
@@ -406,6 +461,10 @@ class _Complaints(logging.Handler):
         self.logger.propagate = True
 
 
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def start_jax() -> str:
     """Import the JAX stack, which takes seconds, on the best platform; return a line that names the device.
 
@@ -423,6 +482,11 @@ def start_jax() -> str:
     import jax.numpy as jnp
     import optax
 
+    if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+        jax.config.update(
+            "jax_num_cpu_devices", _cores()
+        )  # the population is shared among devices: see population_mesh
+    join_hosts()
     with _Complaints() as complaints:
         try:
             device = jax.devices()[0]
@@ -431,54 +495,95 @@ def start_jax() -> str:
     if platforms != "cpu" and device.platform == "cpu" and complaints.heard:
         reason = f"THE GPU COULD NOT BE USED: {check_data.printable(complaints.heard[0].strip().splitlines()[0])}"
     if device.platform == "cpu":
-        return f"CPU ({os.cpu_count()} cores), because {reason or 'jax found nothing else'}"
+        return f"CPU ({_cores()} cores), because {reason or 'jax found nothing else'}"
     return f"{device.platform.upper()} {device.device_kind}" + (
         f" and {jax.device_count() - 1} more" if jax.device_count() > 1 else ""
     )
 
 
+def join_hosts() -> None:
+    """Join the other processes of a run on several hosts, before any device is used.
+
+    Started by SLURM or MPI they are known; else JAX_COORDINATOR_ADDRESS (host:port of process 0), JAX_NUM_PROCESSES
+    and JAX_PROCESS_ID tell them. DIR and the options must be the same everywhere; process 0 writes.
+    """
+    named = {name: os.environ.get(f"JAX_{name.upper()}") for name in ("num_processes", "process_id")}
+    if all(named.values()) and os.environ.get("JAX_COORDINATOR_ADDRESS"):
+        try:
+            jax.distributed.initialize(**{name: int(value) for name, value in named.items()})
+        except ValueError as error:
+            raise check_data.UsageError(f"JAX_NUM_PROCESSES or JAX_PROCESS_ID: {error}") from None
+    elif int(os.environ.get("SLURM_NTASKS", 1)) > 1 or int(os.environ.get("OMPI_COMM_WORLD_SIZE", 1)) > 1:
+        jax.distributed.initialize()
+
+
+def keep_compiled() -> None:
+    """Keep compiled programs for the next run, in a folder of the user alone: who can write there can run code."""
+    if os.environ.get("JAX_COMPILATION_CACHE_DIR") or os.name != "posix":
+        return
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    folder = base / "speech-emotion-trainer"
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        state = folder.lstat()
+    except OSError as error:
+        log.info(f"compile cache: none, {check_data.printable(str(folder))}: {error.strerror}")
+        return
+    if not stat.S_ISDIR(state.st_mode) or state.st_uid != os.getuid() or state.st_mode & 0o077:
+        log.info(f"compile cache: none, {check_data.printable(str(folder))} is not a folder of yours alone (mode 0700)")
+        return
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+
+
 # --- the model ----------------------------------------------------------------------------------------------------
 
 
-def build_network(width: int, dropout: float, classes: int) -> Any:
-    """The flax classifier: one hidden layer, from (..., D) normalised features to (..., C) logits."""
+class Data(NamedTuple):
+    """The utterances on the device, the same on each; see Dataset. Vectors have no chunks."""
 
-    class Classifier(nn.Module):
-        @nn.compact
-        def __call__(self, x, training):
-            hidden = nn.relu(nn.Dense(width)(x))
-            hidden = nn.Dropout(dropout, deterministic=not training)(hidden)
-            return nn.Dense(classes)(hidden)
+    x: Any  # (N, D)
+    label: Any  # (N,)
+    length: Any  # (N,)
+    chunks: Any  # (M, L, D)
+    centre: Any  # (D,), which the chunks are without
+    first: Any  # (N,)
+    count: Any  # (N,)
 
-    return Classifier()
 
+class Setting(NamedTuple):
+    """What --sweep varies: numbers of the members, not of the program, so that all settings share one compilation."""
 
-class Task(NamedTuple):
-    """What is fixed for a run and known while the program is compiled."""
-
-    config: Config
-    network: Any
-    classes: int
-    batch: int
-    steps: int  # batches in the longest epoch of any member
+    learning_rate: Any
+    weight_decay: Any
+    dropout: Any
+    width: Any  # hidden units in use
+    label_smoothing: Any
+    mixup: Any
 
 
 class Member(NamedTuple):
-    """What one model of the population trains on; stacked along P for the program."""
+    """What one model of the population trains on; stacked along P for the program.
+
+    Tables of utterances have a column for each batch; -1 is padding. Rows are strata of about the same length.
+    """
 
     number: Any  # () its own branch of the random numbers
-    train: Any  # (N,) bool
-    validation: Any  # (V,) utterances, padded by -1
+    fold: Any  # () -1 for those that only fill up the devices
+    train: Any  # (B, steps)
+    validation: Any  # (B, steps)
     mean: Any  # (D,)
     scale: Any  # (D,)
     class_weight: Any  # (C,)
+    setting: Setting
 
 
 class State(NamedTuple):
     """What training changes; stacked along P. `best` are the parameters of the best epoch so far."""
 
     params: Any
-    opt_state: Any
+    mu: Any  # moving mean of the gradient
+    nu: Any  # and of its square
+    updates: Any  # () made so far
     best: Any
     best_loss: Any  # () mean validation loss of the fold
     best_epoch: Any  # ()
@@ -488,19 +593,112 @@ class State(NamedTuple):
     worst_run: Any  # () and at most
 
 
-def optimizer(config: Config, learning_rate: Any) -> Any:
-    return optax.chain(
-        optax.clip_by_global_norm(config.clip),
-        optax.adamw(learning_rate, weight_decay=config.weight_decay),
+class Task(NamedTuple):
+    """What is fixed for a run and known while the program is compiled."""
+
+    config: Config
+    network: Any
+    classes: int
+    capacity: int  # G, chunks in the fullest batch; 0 for vectors
+    steps: int  # batches in an epoch
+
+
+class Bag(NamedTuple):
+    """The frame sequences of a batch, as chunks in a row."""
+
+    frames: Any  # (G, L, D)
+    centre: Any  # (D,), which they are without
+    real: Any  # (G, L) bool
+    owner: Any  # (B, G) bool: whose chunk it is
+
+
+def build_network(width: int, classes: int, precision: str) -> Any:
+    """The flax classifier: one hidden layer, from normalised features (B, D) to logits (B, C).
+
+    `gate` (B, W) multiplies the hidden units: dropout while training, and the units in use. Products are computed in
+    `precision`; parameters and logits are float32.
+    """
+
+    class Classifier(nn.Module):
+        @nn.compact
+        def __call__(self, x, gate):
+            hidden = nn.relu(nn.Dense(width, dtype=precision)(x)) * gate
+            return nn.Dense(classes, dtype=precision)(hidden).astype(jnp.float32)
+
+    return Classifier()
+
+
+def attentive_statistics(bag: Bag, member: Member, query: Any) -> Any:
+    """Weighted mean and deviation over the normalised frames of each utterance, (B, 2 D).
+
+    The weights are a softmax over frames of their product with `query`, (D,), as in Okabe, Koshinaka and Shinoda 2018
+    with a linear score; a query of zeros makes them all alike. An utterance without frames gives zeros. Frames are
+    never normalised one by one: the step is bound by the memory that they move.
+    """
+    score, owner = bag.frames @ (query / member.scale), bag.owner.astype(jnp.float32)
+    highest = jnp.where(bag.real, score, -jnp.inf).max(1)  # (G,)
+    peak = jnp.where(bag.owner, highest, -jnp.inf).max(1)  # (B,)
+    peak = jax.lax.stop_gradient(jnp.where(jnp.isfinite(peak), peak, 0))
+    # Chosen before and after exp: what overflows in the padding would be a NaN in the gradient.
+    weight = jnp.where(bag.real, jnp.exp(jnp.where(bag.real, score - (peak @ owner)[:, None], 0)), 0)
+    total = owner @ weight.sum(1)[:, None]
+    total = jnp.where(total > 0, total, 1)
+    mean = owner @ jnp.einsum("gl,gld->gd", weight, bag.frames) / total
+    square = owner @ jnp.einsum("gl,gld->gd", weight, jnp.square(bag.frames)) / total
+    deviation = jnp.sqrt(jnp.maximum(square - jnp.square(mean), 1e-6 * jnp.square(member.scale)))
+    return jnp.concatenate([mean + (bag.centre - member.mean), deviation], -1) / jnp.concatenate(
+        [member.scale, member.scale]
     )
+
+
+def fetch(task: Task, data: Data, chosen: Any) -> Any:
+    """Gather a batch of utterances, (B,): vectors (B, D), or a Bag of sequences."""
+    if not task.capacity:
+        return data.x[chosen]
+    count = jnp.where(chosen >= 0, data.count[chosen], 0)
+    end, place = jnp.cumsum(count), jnp.arange(task.capacity)
+    owner = (place < end[:, None]) & (place >= (end - count)[:, None])  # (B, G)
+    whose = owner.argmax(0)  # (G,)
+    nth = place - (end - count)[whose]
+    frame = nth[:, None] * data.chunks.shape[1] + jnp.arange(data.chunks.shape[1])
+    real = owner.any(0)[:, None] & (frame < data.length[chosen[whose]][:, None])
+    frames = data.chunks[jnp.where(owner.any(0), data.first[chosen[whose]] + nth, 0)]
+    return Bag(frames, data.centre, real, owner)
+
+
+def pool(params: Any, member: Member, batch: Any) -> Any:
+    """One vector for each utterance of a batch, normalised: (B, D), or (B, 2 D) for sequences."""
+    if isinstance(batch, Bag):
+        return attentive_statistics(batch, member, params["query"])
+    return (batch - member.mean) / member.scale
+
+
+def units(task: Task, setting: Setting) -> Any:
+    """1 for the hidden units in use, 0 for the others, (W,)."""
+    return jnp.where(jnp.arange(task.config.width) < setting.width, 1.0, 0.0)
+
+
+def dropout_gate(task: Task, setting: Setting, key: Any, batch: int) -> Any:
+    """Which hidden units count, and how much, (B, W); one random byte for each: they cost more than the products."""
+    width = task.config.width
+    words = jax.random.bits(key, (batch, -(-width // 4)))
+    byte = jax.lax.bitcast_convert_type(words, jnp.uint8).reshape(batch, -1)[:, :width]
+    dropped = jnp.round(setting.dropout * 256)
+    return jnp.where(byte >= dropped, 256 / (256 - dropped), 0) * units(task, setting)
 
 
 def init_member(task: Task, root: Any, member: Member) -> State:
     key = jax.random.fold_in(root, member.number)
-    params = task.network.init(key, member.mean[None], False)["params"]
-    opt_state = optimizer(task.config, 0.0).init(params)
-    zero = jnp.int32(0)
-    return State(params, opt_state, params, jnp.float32(jnp.inf), zero, jnp.bool_(True), zero, zero, zero)
+    pooled = jnp.concatenate([member.mean] * (2 if task.capacity else 1))[None]
+    params = task.network.init(key, pooled, jnp.ones((1, task.config.width)))["params"]
+    # flax scales by all units of the layer before, of which fewer may be in use
+    wider = jnp.sqrt(task.config.width / member.setting.width)
+    params["Dense_1"]["kernel"] = params["Dense_1"]["kernel"] * wider
+    if task.capacity:
+        params["query"] = jnp.zeros_like(member.mean)
+    nothing, zero = jax.tree.map(jnp.zeros_like, params), jnp.int32(0)
+    never = jnp.float32(jnp.inf)
+    return State(params, nothing, nothing, zero, params, never, zero, member.fold >= 0, zero, zero, zero)
 
 
 def cross_entropy(logits: Any, target: Any, weight: Any) -> Any:
@@ -509,36 +707,61 @@ def cross_entropy(logits: Any, target: Any, weight: Any) -> Any:
     return jnp.where(weight > 0, loss * weight, 0).sum() / jnp.maximum(weight.sum(), 1e-6)
 
 
+def mix(share: Any, weight: Any, *arrays: Any) -> list:
+    """Blend every row of a batch with the row at the other end; `share` (B, 1) is the other's part."""
+    share = jnp.where(((weight > 0) & (weight[::-1] > 0))[:, None], share, 0)
+    return [array + share * (array[::-1] - array) for array in arrays]
+
+
 def member_step(task: Task, member: Member, state: State, batch: tuple, key: Any, progress: Any) -> tuple[State, Any]:
     """One update of one member; a step whose loss or gradient is not finite changes nothing but the counters.
 
-    `batch` is x (B, D), label (B,) and weight (B,); `progress` goes from 0 to 1 over the whole training.
+    `batch` is the features, label (B,) and weight (B,); `progress` goes from 0 to 1 over the whole training.
     """
     x, label, weight = batch
-    target = optax.smooth_labels(jax.nn.one_hot(label, task.classes), task.config.label_smoothing)
+    gate_key, mix_key = jax.random.split(key)
+    gate = dropout_gate(task, member.setting, gate_key, len(label))
+    share = member.setting.mixup * jax.random.uniform(mix_key, (len(label), 1))
+    smoothed = optax.smooth_labels(jax.nn.one_hot(label, task.classes), member.setting.label_smoothing)
 
     def loss_of(params):
-        logits = task.network.apply({"params": params}, (x - member.mean) / member.scale, True, rngs={"dropout": key})
-        return cross_entropy(logits, target, weight)
+        mixed, target = mix(share, weight, pool(params, member, x), smoothed)
+        return cross_entropy(task.network.apply({"params": params}, mixed, gate), target, weight)
 
     loss, gradient = jax.value_and_grad(loss_of)(state.params)
     norm = optax.tree.norm(gradient)
     # Before the clip: it would turn one NaN into all-NaN parameters, and an overflowed norm into a silent zero step.
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)
     working = state.active & (weight.sum() > 0)
-    learning_rate = task.config.learning_rate * 0.5 * (1 + jnp.cos(jnp.pi * progress))
-    updates, opt_state = optimizer(task.config, learning_rate).update(gradient, state.opt_state, state.params)
-    new = (optax.apply_updates(state.params, updates), opt_state)
-    params, opt_state = _where(working & finite, new, (state.params, state.opt_state))
     bad_run = jnp.where(working, jnp.where(finite, 0, state.bad_run + 1), state.bad_run)
+    clipped = optax.clip_by_global_norm(task.config.clip).update(gradient, optax.EmptyState())[0]
+    state = adamw(member.setting, state, clipped, working & finite, progress)
     state = state._replace(
-        params=params,
-        opt_state=opt_state,
-        skipped=state.skipped + (working & ~finite),
-        bad_run=bad_run,
-        worst_run=jnp.maximum(state.worst_run, bad_run),
+        skipped=state.skipped + (working & ~finite), bad_run=bad_run, worst_run=jnp.maximum(state.worst_run, bad_run)
     )
     return state, jnp.where(working, jnp.stack([loss, norm]), 0)
+
+
+def adamw(setting: Setting, state: State, gradient: Any, keep: Any, progress: Any) -> State:
+    """One update of AdamW (Loshchilov and Hutter 2019) with a cosine, or none where `keep` is false.
+
+    The same numbers as optax.adamw. It is written out for the barrier: without it the compiler computes both moments
+    again for the parameters from the old ones, which it must copy for that, and the step is bound by memory.
+    """
+
+    def moved(rate, old, new):
+        return _where(keep, jax.tree.map(lambda o, n: rate * o + (1 - rate) * n, old, new), old)
+
+    mu = moved(0.9, state.mu, gradient)
+    nu = moved(0.999, state.nu, jax.tree.map(jnp.square, gradient))
+    mu, nu = jax.lax.optimization_barrier((mu, nu))
+    updates = state.updates + keep
+    rate = jnp.where(keep, setting.learning_rate * 0.5 * (1 + jnp.cos(jnp.pi * progress)), 0)
+    step = rate / (1 - 0.9 ** jnp.maximum(updates, 1))
+    wide = jax.lax.rsqrt(1 - 0.999 ** jnp.maximum(updates, 1))
+    decay = 1 - rate * setting.weight_decay
+    params = jax.tree.map(lambda p, m, v: decay * p - step * m / (wide * jnp.sqrt(v) + 1e-8), state.params, mu, nu)
+    return state._replace(params=params, mu=mu, nu=nu, updates=updates)
 
 
 def _where(condition: Any, new: Any, old: Any) -> Any:
@@ -550,27 +773,28 @@ def _where(condition: Any, new: Any, old: Any) -> Any:
     return jax.tree.map(choose, new, old)
 
 
-def member_epoch(
-    task: Task, root: Any, x: Any, label: Any, epoch: Any, member: Member, state: State
-) -> tuple[State, dict]:
-    """One epoch of one member over its training utterances in a fresh random order, then its validation."""
-    size, utterances = task.batch, len(label)
-    key = jax.random.fold_in(jax.random.fold_in(root, member.number), epoch)
-    order = jnp.argsort(jax.random.uniform(key, (utterances,)) + jnp.where(member.train, 0.0, 2.0))
-    count = member.train.sum()
-    batches = -(-count // size)
+def member_epoch(task: Task, root: Any, data: Data, epoch: Any, member: Member, state: State) -> tuple[State, dict]:
+    """One epoch of one member over its training utterances in a fresh random order, then its validation.
 
-    def step(state, number):
-        place = number * size + jnp.arange(size)
-        chosen = order[jnp.minimum(place, utterances - 1)]
-        weight = jnp.where(place < count, member.class_weight[label[chosen]], 0)
-        batch = (x[chosen], label[chosen], weight)
-        progress = (epoch + number / batches) / task.config.epochs
+    The order is random within each stratum: every batch has one utterance of each, so that all are about as full. A
+    member with more utterances than an epoch has room for leaves out others each time.
+    """
+    key = jax.random.fold_in(jax.random.fold_in(root, member.number), epoch)
+    order = jnp.argsort(jax.random.uniform(key, member.train.shape) + jnp.where(member.train < 0, 2.0, 0.0), 1)
+    steps = task.steps
+    batches = jnp.take_along_axis(member.train, order[:, :steps], 1).T  # (steps, B)
+
+    def step(state, numbered):
+        number, chosen = numbered
+        label = data.label[chosen]
+        weight = jnp.where(chosen >= 0, member.class_weight[label], 0)
+        batch = (fetch(task, data, chosen), label, weight)
+        progress = (epoch + number / steps) / task.config.epochs
         return member_step(task, member, state, batch, jax.random.fold_in(key, number), progress)
 
-    state, measured = jax.lax.scan(step, state, jnp.arange(task.steps))
-    loss, norm = measured.sum(0) / batches
-    validation_loss, validation_ua = validate(task, x, label, member, state.params)
+    state, measured = jax.lax.scan(step, state, (jnp.arange(steps), batches))
+    loss, norm = measured.mean(0)
+    validation_loss, validation_ua = validate(task, data, member, state.params)
     return state, {
         "loss": loss,
         "gradient_norm": norm,
@@ -579,30 +803,35 @@ def member_epoch(
     }
 
 
-def validate(task: Task, x: Any, label: Any, member: Member, params: Any) -> tuple[Any, Any]:
+def logits_of(task: Task, data: Data, member: Member, params: Any, chosen: Any) -> Any:
+    """Logits of one member for a batch of utterances, (B, C), without dropout."""
+    pooled = pool(params, member, fetch(task, data, chosen))
+    return task.network.apply({"params": params}, pooled, units(task, member.setting))
+
+
+def validate(task: Task, data: Data, member: Member, params: Any) -> tuple[Any, Any]:
     """Class-balanced cross-entropy and UA of one member on its validation utterances."""
 
-    def add(total, chosen):  # chosen: (B,), -1 is padding
-        real = chosen >= 0
-        true = jax.nn.one_hot(jnp.where(real, label[chosen], -1), task.classes)  # (B, C), zeros for padding
-        logits = task.network.apply({"params": params}, (x[chosen] - member.mean) / member.scale, False)
-        loss = jnp.where(real, optax.softmax_cross_entropy(logits, true), 0)
-        right = jnp.where(logits.argmax(-1) == label[chosen], 1.0, 0.0)
+    def add(total, chosen):
+        label = jnp.where(chosen >= 0, data.label[chosen], -1)
+        true = jax.nn.one_hot(label, task.classes)  # (B, C), zeros for padding
+        logits = logits_of(task, data, member, params, chosen)
+        loss = jnp.where(chosen >= 0, optax.softmax_cross_entropy(logits, true), 0)
+        right = jnp.where(logits.argmax(-1) == label, 1.0, 0.0)
         return total + jnp.stack([true.sum(0), loss @ true, right @ true]), None
 
-    blocks = member.validation.reshape(-1, task.batch)
-    count, loss, right = jax.lax.scan(add, jnp.zeros((3, task.classes)), blocks)[0]
+    count, loss, right = jax.lax.scan(add, jnp.zeros((3, task.classes)), member.validation.T)[0]
     present = (count > 0).sum()
     return (loss / jnp.maximum(count, 1)).sum() / present, (right / jnp.maximum(count, 1)).sum() / present
 
 
-def keep_best(task: Task, state: State, validation_loss: Any, epoch: Any) -> State:
+def keep_best(task: Task, members: Member, state: State, validation_loss: Any, epoch: Any) -> State:
     """Keep the parameters of the best epoch and stop the folds that no longer improve.
 
     The seeds of a fold decide together, by their mean validation loss: each alone hears only a few speakers.
     """
-    seeds = task.config.seeds
-    fold_loss = jnp.repeat(validation_loss.reshape(-1, seeds).mean(1), seeds)  # (P,)
+    together = members.fold[:, None] == members.fold
+    fold_loss = jnp.where(together, validation_loss, 0).sum(1) / together.sum(1)  # (P,)
     better = state.active & (fold_loss < state.best_loss)
     best_epoch = jnp.where(better, epoch, state.best_epoch)
     return state._replace(
@@ -614,28 +843,70 @@ def keep_best(task: Task, state: State, validation_loss: Any, epoch: Any) -> Sta
 
 
 def population_epochs(
-    task: Task, root: Any, x: Any, label: Any, members: Member, state: State, first: Any
+    task: Task, mesh: Any, seed: Any, data: Data, members: Member, state: State, first: Any
 ) -> tuple[State, dict]:
     """Several epochs of the whole population; the measures have shape (epochs, P), and `active` before each epoch."""
+    run = over_population(mesh, jax.vmap(functools.partial(member_epoch, task), (None, None, None, 0, 0)), 2)
 
     def one_epoch(state, epoch):
         active = state.active
-        train = functools.partial(member_epoch, task, root, x, label, epoch)
-        state, measures = jax.vmap(train)(members, state)
-        state = keep_best(task, state, measures["validation_loss"], epoch)
+        state, measures = run(jax.random.key(seed), data, epoch, members, state)
+        state = keep_best(task, members, state, measures["validation_loss"], epoch)
         return state, measures | {"active": active, "skipped": state.skipped}
 
     return jax.lax.scan(one_epoch, state, first + jnp.arange(EPOCHS_A_CALL))
 
 
-def all_logits(network: Any, params: Any, mean: Any, scale: Any, x: Any) -> Any:
-    """Logits of every member for every utterance, (P, N, C); one member at a time, to keep memory small."""
+def all_logits(task: Task, data: Data, table: Any, members: Member, params: Any) -> Any:
+    """Logits of every member for the utterances of a table (B, steps): (P, steps, B, C), one member at a time."""
+
+    def of_one(member_params):
+        return jax.lax.map(functools.partial(logits_of, task, data, *member_params), table.T)
+
+    return jax.lax.map(of_one, (members, params))
+
+
+# --- the linear part ----------------------------------------------------------------------------------------------
+
+
+def linear_parts(task: Task, data: Data, members: Member) -> tuple[Any, Any]:
+    """Linear discriminant analysis of every member for each of the shrinkages, solved in closed form.
+
+    It works on the mean over frames, normalised; classes count alike. The covariance within the classes is shrunk
+    towards a multiple of the identity. Beside the hidden layer it gives what gradient descent finds slowly in
+    hundreds of correlated features, and its errors are others.
+
+    Returns
+    -------
+    kernel, bias
+        Shapes (P, shrinkages, D, C) and (P, shrinkages, C).
+    """
 
     def of_one(member):
-        params, mean, scale = member
-        return network.apply({"params": params}, (x - mean) / scale, False)
+        used = (
+            jnp.zeros(len(data.label))
+            .at[jnp.where(member.train >= 0, member.train, len(data.label))]
+            .set(1.0, mode="drop")
+        )
+        x = (data.x - member.mean) / member.scale
+        true = jax.nn.one_hot(data.label, task.classes) * used[:, None]  # (N, C)
+        count = true.sum(0)
+        centre = (true.T @ x) / jnp.maximum(count, 1)[:, None]  # (C, D)
+        rest = jnp.where(used[:, None] > 0, x - true @ centre, 0)
+        spread = jnp.maximum(jnp.sqrt(jnp.square(rest).sum(0) / used.sum()), 1e-6)  # (D,)
+        rest, centre = rest / spread, centre / spread
+        covariance = rest.T @ rest / used.sum()
+        identity = jnp.eye(len(spread))
 
-    return jax.lax.map(of_one, (params, mean, scale))
+        def solve(shrinkage):
+            shrunk = (1 - shrinkage) * covariance + shrinkage * jnp.trace(covariance) / len(spread) * identity
+            kernel = jax.scipy.linalg.solve(shrunk, centre.T, assume_a="pos")
+            bias = jnp.where(count > 0, -0.5 * (centre * kernel.T).sum(1), jnp.log(1e-6))
+            return kernel / spread[:, None], bias
+
+        return jax.lax.map(solve, jnp.array(SHRINKAGES))
+
+    return jax.lax.map(of_one, members)
 
 
 # --- training -----------------------------------------------------------------------------------------------------
@@ -646,64 +917,324 @@ class TrainingError(Exception):
 
 
 class Trained(NamedTuple):
-    """The outcome: best parameters stacked along P, logits (K + 1, N, C) averaged over seeds, and the history."""
+    """The outcome: best parameters stacked along P, logits (K + 1, N, C) averaged over seeds, and the history.
+
+    `choices` says for each fold what its validation speakers chose.
+    """
 
     params: Any
     logits: np.ndarray
     best_epoch: np.ndarray
     skipped: np.ndarray
     history: list[dict]
+    choices: list[dict]
 
 
-def make_task(dataset: Dataset, plan: Plan, config: Config) -> Task:
-    longest = int(plan.train.sum(1).max())
-    batch = min(config.batch, max(longest // STEPS_AN_EPOCH, 2))
+def population_mesh(members: int) -> Any:
+    """The devices that share the population: as many as are busy with equal shares."""
+    devices = jax.devices()
+    share = -(-members // len(devices))
+    busy = len(devices) if jax.process_count() > 1 else -(-members // share)
+    return jax.sharding.Mesh(np.array(devices[:busy]), ("population",))
+
+
+def over_population(mesh: Any, function: Callable, stacked: int) -> Callable:
+    """Run a function whose last `stacked` arguments have the population axis, each device on its own members."""
+
+    def call(*arguments):
+        everywhere, own = jax.sharding.PartitionSpec(), jax.sharding.PartitionSpec("population")
+        specs = tuple([everywhere] * (len(arguments) - stacked) + [own] * stacked)
+        return jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=own, check_vma=False)(*arguments)
+
+    return call
+
+
+def place(mesh: Any, tree: Any, axis: str | None = None) -> Any:
+    """Put arrays on the devices: all on each, or their first axis shared among them."""
+    return jax.device_put(tree, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(axis)))
+
+
+def fetched(tree: Any) -> Any:
+    """Arrays of all devices and hosts, as numpy."""
+    if jax.process_count() == 1:
+        return jax.device_get(tree)
+    from jax.experimental import multihost_utils
+
+    return multihost_utils.process_allgather(tree, tiled=True)
+
+
+def strata(chosen: np.ndarray, dataset: Dataset, batch: int) -> np.ndarray:
+    """Lay utterances out as a table (batch, steps) whose rows hold those of about the same length and class.
+
+    A batch that takes one utterance of each row is filled about as well as every other: the sums of the shortest
+    and of the longest choice differ by no more than the longest and the shortest utterance.
+    """
+    steps = -(-len(chosen) // batch)
+    table = np.full(batch * steps, -1, np.int32)
+    table[: len(chosen)] = chosen[np.lexsort((dataset.label[chosen], dataset.length[chosen]))]
+    return table.reshape(batch, steps)
+
+
+def _tables(masks: np.ndarray, dataset: Dataset, batch: int) -> np.ndarray:
+    """Tables (P, batch, steps) of the utterances that each of the masks (P, N) chooses."""
+    tables = [strata(np.flatnonzero(mask), dataset, batch) for mask in masks]
+    steps = max(table.shape[1] for table in tables)
+    return np.stack([np.pad(table, ((0, 0), (0, steps - table.shape[1])), constant_values=-1) for table in tables])
+
+
+def _fullest(tables: np.ndarray, frames: Frames | None) -> int:
+    """Chunks in the fullest batch that any of the tables can give."""
+    if frames is None:
+        return 0
+    return int(np.where(tables >= 0, frames.count[tables], 0).max(-1).sum(-1).max())
+
+
+def batch_size(plan: Plan, config: Config) -> int:
+    return min(config.batch, max(int(plan.train.sum(1).max()) // STEPS_AN_EPOCH, 2))
+
+
+def stack_members(dataset: Dataset, plan: Plan, stored: stats.Stored, config: Config, rows: int) -> Member:
+    """All members; `rows` of them, the last ones of which may only fill up the devices."""
+    batch, members = batch_size(plan, config), len(plan.train)
+    member = Member(
+        np.arange(members, dtype=np.int32),
+        np.arange(members, dtype=np.int32) // config.seeds,
+        _tables(plan.train, dataset, batch),
+        _tables(plan.validation, dataset, batch),
+        *member_statistics(dataset, plan, stored),
+        class_weights(dataset.label, plan.train, len(dataset.classes)),
+        stack_setting(Setting(*(getattr(config, name) for name in Setting._fields)), members),
+    )
+    padded = jax.tree.map(lambda leaf: np.concatenate([leaf, leaf[-1:].repeat(rows - members, 0)]), member)
+    padded.fold[members:] = -1
+    return padded
+
+
+def stack_setting(setting: Setting, rows: int) -> Setting:
+    return Setting(*(np.full(rows, value, np.float32) for value in setting))
+
+
+def sweep_settings(config: Config) -> list[Setting]:
+    """The settings to try: the config's own, or all combinations of the grid."""
+    own = Setting(*(getattr(config, name) for name in Setting._fields))
+    if not config.sweep:
+        return [own]
+    grid = [Setting(*values) for values in itertools.product(*(SWEEP[name] for name in Setting._fields))]
+    return [setting._replace(width=max(1, round(config.width * setting.width))) for setting in grid]
+
+
+def device_data(dataset: Dataset) -> Data:
+    nothing = np.zeros(len(dataset.label), np.int32)
+    frames = dataset.frames or Frames(np.zeros((1, 1, 1), np.float32), np.zeros(1, np.float32), nothing, nothing)
+    length, first, count = (array.astype(np.int32) for array in (dataset.length, frames.first, frames.count))
+    return Data(dataset.x, dataset.label, length, frames.chunks, frames.centre, first, count)
+
+
+def make_task(dataset: Dataset, tables: tuple[np.ndarray, ...], config: Config) -> Task:
+    """Fix the shapes of a run; the first of the tables (P, batch, steps) is the one that is trained on.
+
+    An epoch has as many batches as the median member needs: with as many as the final model needs, which trains on
+    more, every fold would compute padding.
+    """
     classes = len(dataset.classes)
-    return Task(config, build_network(config.width, config.dropout, classes), classes, batch, -(-longest // batch))
+    capacity = max(_fullest(table, dataset.frames) for table in tables)
+    steps = int(np.median((tables[0] >= 0).any(-2).sum(-1)))
+    return Task(config, build_network(config.width, classes, config.precision), classes, capacity, steps)
 
 
-def stack_members(dataset: Dataset, plan: Plan, stored: stats.Stored, batch: int) -> Member:
-    mean, scale = member_statistics(dataset, plan, stored)
-    longest = -(-int(plan.validation.sum(1).max()) // batch) * batch
-    validation = np.full((len(plan.train), longest), -1, np.int32)
-    for row, mask in zip(validation, plan.validation):
-        row[: mask.sum()] = np.flatnonzero(mask)
-    weight = class_weights(dataset.label, plan.train, len(dataset.classes))
-    return Member(np.arange(len(plan.train)), plan.train, validation, mean, scale, weight)
+def padding_share(dataset: Dataset, table: np.ndarray, task: Task) -> float:
+    """Share of the frames computed in an epoch that are padding; `table` is (P, batch, steps)."""
+    rows = (table >= 0).sum(-1)  # (P, batch)
+    length = np.where(table >= 0, dataset.length[table], 0).sum(-1) / np.maximum(rows, 1)
+    real = (length * np.minimum(rows, task.steps)).sum()
+    return 1 - float(real) / (len(table) * task.steps * task.capacity * dataset.frames.chunks.shape[1])
+
+
+class Outcome(NamedTuple):
+    """What training with one setting gave, stacked along P, on the host."""
+
+    params: Any
+    loss: np.ndarray
+    best_epoch: np.ndarray
+    skipped: np.ndarray
+    setting: Setting
+
+    def better(self, other: "Outcome") -> "Outcome":
+        """Of each member, the outcome with the smaller validation loss; the members of a fold have the same."""
+        return jax.tree.map(np.asarray, _where(other.loss < self.loss, other, self))
+
+
+class Setup(NamedTuple):
+    """A run as the program wants it; `everything` is a table, (B, steps), that holds each utterance once."""
+
+    task: Task
+    mesh: Any
+    data: Data
+    members: Member  # on the host; the last ones may only fill up the devices
+    everything: np.ndarray
+
+
+def set_up(dataset: Dataset, plan: Plan, stored: stats.Stored, config: Config) -> Setup:
+    mesh = population_mesh(len(plan.train))
+    members = stack_members(dataset, plan, stored, config, -(-len(plan.train) // mesh.size) * mesh.size)
+    everything = _tables(np.ones((1, len(dataset.label)), bool), dataset, members.train.shape[1])[0]
+    task = make_task(dataset, (members.train, members.validation, everything), config)
+    return Setup(task, mesh, place(mesh, device_data(dataset)), members, everything)
 
 
 def train(dataset: Dataset, plan: Plan, stored: stats.Stored, config: Config) -> Trained:
-    """Train every fold and the final model together.
+    """Train every fold and the final model together, with each of the settings, and solve their linear parts.
 
     Raises
     ------
     TrainingError
         If the steps of a member are not finite five times in a row, or its outputs are not.
     """
-    task = make_task(dataset, plan, config)
-    members, x, label, root = jax.device_put(
-        (stack_members(dataset, plan, stored, task.batch), dataset.x, dataset.label, jax.random.key(config.seed))
-    )
-    state = jax.jit(jax.vmap(functools.partial(init_member, task, root)))(members)
-    program = jax.jit(functools.partial(population_epochs, task), donate_argnums=4)
+    size = len(plan.train)
+    task, mesh, data, members, everything = set_up(dataset, plan, stored, config)
+    if task.capacity:
+        padding = padding_share(dataset, members.train, task)
+        log.info(f"sequences: {padding:.1%} of the frames that are computed are padding")
+    own = place(mesh, members, "population")
+    outcome, history = train_population(task, mesh, data, own, plan.folds)
+    units_in_use = np.arange(config.width) < outcome.setting.width[:, None]
+    outcome.params["Dense_1"]["kernel"] = outcome.params["Dense_1"]["kernel"] * units_in_use[..., None]
+    logits = compute_logits(task, mesh, data, everything, own, outcome.params)[:size]
+    solve = jax.jit(over_population(mesh, functools.partial(linear_parts, task), 1))
+    linear = [part[:size] for part in fetched(solve(data, own))]
+    params = jax.tree.map(lambda leaf: leaf[:size], outcome.params)
+    params, logits, choices = add_linear(dataset, plan, members, params, logits, linear)
+    logits = logits.reshape(plan.folds + 1, config.seeds, *logits.shape[1:]).mean(1)
+    if config.sweep:
+        for fold, choice in enumerate(choices):
+            choice |= {name: float(values[fold * config.seeds]) for name, values in outcome.setting._asdict().items()}
+    return Trained(params, logits, outcome.best_epoch[:size], outcome.skipped[:size], history, choices)
+
+
+def train_population(task: Task, mesh: Any, data: Data, members: Member, folds: int) -> tuple[Outcome, list[dict]]:
+    """Train the population with every setting of the sweep; each fold keeps what its validation likes best."""
+    config, rows = task.config, len(members.fold)
+    init = jax.jit(over_population(mesh, jax.vmap(functools.partial(init_member, task), (None, 0)), 1))
+    program = jax.jit(functools.partial(population_epochs, task, mesh), donate_argnums=4)
+    settings, history, best = sweep_settings(config), [], None
+    for number, setting in enumerate(settings):
+        members = members._replace(setting=place(mesh, stack_setting(setting, rows), "population"))
+        if config.sweep:
+            told = ", ".join(f"{name} {value:g}" for name, value in setting._asdict().items())
+            log.info(f"setting {number + 1} of {len(settings)}: {told}")
+        state = init(jax.random.key(config.seed), members)
+        state, trained = _train_setting(program, config, data, members, state, folds)
+        outcome = Outcome(*fetched((state.best, state.best_loss, state.best_epoch, state.skipped, members.setting)))
+        history += [{"setting": number + 1} | row if config.sweep else row for row in trained]
+        best = outcome if best is None else best.better(outcome)
+    if not np.isfinite(best.loss[: (folds + 1) * config.seeds]).all():
+        raise TrainingError("no epoch of a fold had a finite validation loss; look at the features with check_data.py")
+    return best, history
+
+
+def _train_setting(
+    program: Callable, config: Config, data: Data, members: Member, state: State, folds: int
+) -> tuple[State, list[dict]]:
     history, started = [], time.perf_counter()
     for first in range(0, config.epochs, EPOCHS_A_CALL):
-        state, measures = program(root, x, label, members, state, first)
-        history += _rows(jax.device_get(measures), first, config, plan.folds)
-        _end_if_broken(jax.device_get(state.worst_run), first, plan.folds, config)
-        active = int(state.active.sum())
-        _say_progress(history, active, len(plan.train), config.epochs, time.perf_counter() - started)
-        if not active:
+        state, measures = program(config.seed, data, members, state, first)
+        measures, worst_run, active = fetched((measures, state.worst_run, state.active))
+        history += _rows(measures, first, config, folds)
+        _end_if_broken(worst_run, first, folds, config)
+        _say_progress(
+            history, int(active.sum()), (folds + 1) * config.seeds, config.epochs, time.perf_counter() - started
+        )
+        if not active.any():
             break
-    if not np.isfinite(state.best_loss).all():
-        raise TrainingError("no epoch of a fold had a finite validation loss; look at the features with check_data.py")
-    logits = jax.jit(functools.partial(all_logits, task.network))(state.best, members.mean, members.scale, x)
+    return state, history
+
+
+def compute_logits(task: Task, mesh: Any, data: Data, table: np.ndarray, members: Member, params: Any) -> np.ndarray:
+    """Logits of every member for all utterances, (P, N, C); `table` holds each utterance once."""
+    answer = jax.jit(over_population(mesh, functools.partial(all_logits, task), 2))
+    found = fetched(answer(data, place(mesh, table), members, place(mesh, params, "population")))
+    logits = np.zeros((len(found), (table >= 0).sum(), task.classes))
+    logits[:, table.T[table.T >= 0]] = found[:, table.T >= 0]
     if not np.isfinite(logits).all():
         raise TrainingError("the features of an utterance overflow the network; look at them with check_data.py")
-    averaged = np.asarray(logits, np.float64).reshape(plan.folds + 1, config.seeds, *logits.shape[1:]).mean(1)
-    return Trained(
-        jax.device_get(state.best), averaged, np.asarray(state.best_epoch), np.asarray(state.skipped), history
-    )
+    return logits
+
+
+class Blend(NamedTuple):
+    """How much hidden layer and linear part weigh in a fold, and which shrinkage the linear part has."""
+
+    shrinkage: int
+    hidden: float
+    linear: float
+
+
+def choose_blend(hidden: np.ndarray, linear: np.ndarray, heard: list[np.ndarray], label: np.ndarray) -> Blend:
+    """Weigh the two parts as the validation utterances of the seeds of a fold like it best.
+
+    Both weights are free, so that the sum is about as sure of itself as it may be: the linear part alone is far too
+    sure, and the hidden layer, trained on smoothed labels, not enough.
+
+    Parameters
+    ----------
+    hidden, linear
+        Logits of the seeds, shapes (S, N, C) and (S, shrinkages, N, C).
+    heard
+        The validation utterances of each seed.
+    label
+        Shape (N,).
+    """
+
+    def loss(choice):
+        parts = zip(hidden, linear[:, choice.shrinkage], heard)
+        return sum(
+            stats.balanced_cross_entropy(choice.hidden * a[own] + choice.linear * b[own], label[own])
+            for a, b, own in parts
+        )
+
+    grid = itertools.product(range(len(SHRINKAGES)), HIDDEN_WEIGHTS, LINEAR_WEIGHTS)
+    return min(itertools.starmap(Blend, grid), key=loss)
+
+
+def add_linear(
+    dataset: Dataset, plan: Plan, members: Member, params: dict, logits: np.ndarray, linear: tuple[np.ndarray, ...]
+) -> tuple[dict, np.ndarray, list[dict]]:
+    """Put the linear parts beside the hidden layers, both with their weights in them.
+
+    `linear` is what linear_parts gave. Returns the parameters, the logits, shape (P, N, C), and for each fold what
+    was chosen.
+    """
+    seeds = len(logits) // (plan.folds + 1)
+    usable = np.isfinite(linear[0]).all((2, 3)) & np.isfinite(linear[1]).all(2)  # no class may vary in a small set
+    kernel, bias = np.where(usable[..., None, None], linear[0], 0), np.where(usable[..., None], linear[1], 0)
+    blends, sums = [], []
+    for fold in range(plan.folds + 1):
+        own = range(fold * seeds, (fold + 1) * seeds)
+        parts = np.stack([_linear_of(members, dataset.x, m, kernel[m], bias[m]) for m in own])
+        heard = [np.flatnonzero(plan.validation[member]) for member in own]
+        blends.append(choose_blend(logits[own.start : own.stop], parts, heard, dataset.label))
+        _, a, b = blends[-1]
+        sums.append(a * logits[own.start : own.stop] + b * parts[:, blends[-1].shrinkage])
+    chosen, hidden, weight = (np.repeat(values, seeds) for values in zip(*blends))
+    every = np.arange(len(logits))
+    scaled = {
+        "Dense_1": jax.tree.map(lambda leaf: leaf * _column(hidden, leaf), params["Dense_1"]),
+        "linear": {
+            "kernel": kernel[every, chosen] * _column(weight, kernel[every, chosen]),
+            "bias": bias[every, chosen] * _column(weight, bias[every, chosen]),
+        },
+    }
+    told = [blend._asdict() | {"shrinkage": SHRINKAGES[blend.shrinkage]} for blend in blends]
+    return params | jax.tree.map(np.float32, scaled), np.concatenate(sums), told
+
+
+def _linear_of(members: Member, x: np.ndarray, member: int, kernel: np.ndarray, bias: np.ndarray) -> np.ndarray:
+    """Logits of one member's linear parts, (shrinkages, N, C)."""
+    normalised = (x - members.mean[member]) / members.scale[member]
+    return (normalised @ kernel + bias[:, None]).astype(np.float64)
+
+
+def _column(values: np.ndarray, leaf: np.ndarray) -> np.ndarray:
+    return values.reshape(-1, *[1] * (leaf.ndim - 1))
 
 
 def _member_name(member: int, folds: int, seeds: int) -> str:
@@ -800,6 +1331,7 @@ def _fold_report(
         | parts[0]
         | {"rotation": parts, "n_test": int(tested.sum()), "epochs": int(trained.best_epoch[members[0]]) + 1}
         | {"skipped_steps": int(trained.skipped[list(members)].sum())}
+        | {"chosen": trained.choices[fold]}
         | _plain(stats.scores(confusion))
     )
 
@@ -870,10 +1402,10 @@ def save_run(
     """Write every artifact of a run; all are on the disk before the first replaces an older one."""
     final = jax.tree.map(lambda leaf: leaf[plan.folds * config.seeds :], trained.params)
     described = {
-        "format": 1,
+        "format": 2,
         "classes": list(dataset.classes),
         "dim": scan.dim,
-        "pooling": "mean",
+        "pooling": config.pooling if dataset.frames is not None else "mean",
         "cuts_vectors": scan.cuts_vectors,
         "data": str(scan.directory.resolve()),
         "options": dataclasses.asdict(config),
@@ -983,7 +1515,8 @@ def _statistics(scan: check_data.Scan, dataset: Dataset, run: Path, config: Conf
             log.info("            --recompute-stats renews them there, this run saves its own with its results")
         else:
             place = scan.directory if os.access(scan.directory, os.W_OK) else run
-            stats.save(place, stored.statistics, scan.fingerprint)
+            if jax.process_index() == 0:
+                stats.save(place, stored.statistics, scan.fingerprint)
             log.info(f"statistics: computed and saved in {check_data.printable(str(place))} for the final model;")
             log.info("            every fold has those of its own training speakers")
     constant = np.flatnonzero(stored.statistics.constant())
@@ -1015,7 +1548,8 @@ def run_training(config: Config) -> int:
     log.addHandler(held)
     try:
         text = _scan_train_report(config, run, held)
-        held.target.stream.write(text)
+        if held.target:
+            held.target.stream.write(text)
         sys.stdout.write(text)
     finally:
         log.removeHandler(held)
@@ -1042,6 +1576,11 @@ def _scan_train_report(config: Config, run: Path, held: logging.handlers.MemoryH
     started = time.perf_counter()
     device = start_jax()
     log.info(f"device: {device}")
+    leads = jax.process_index() == 0
+    if not leads:
+        log.setLevel(logging.WARNING)
+    if not config.no_compile_cache:
+        keep_compiled()
     given = {
         name: value
         for name, value in dataclasses.asdict(config).items()
@@ -1055,17 +1594,20 @@ def _scan_train_report(config: Config, run: Path, held: logging.handlers.MemoryH
         log.info(line)
     for obstacle in check_data.obstacles(scan):
         raise check_data.UsageError(obstacle)
-    dataset = pack(scan)
+    dataset = pack(scan, config.pooling)
     plan = make_plan(dataset, config)
     stored = _statistics(scan, dataset, run, config)
     _say_plan(plan, config.seeds)
-    held.setTarget(logging.FileHandler(run / "train.log", "w", encoding="utf-8", errors="backslashreplace"))
-    held.flush()
-    held.capacity = 0  # from now on each line at once
+    if leads:
+        held.setTarget(logging.FileHandler(run / "train.log", "w", encoding="utf-8", errors="backslashreplace"))
+        held.flush()
+        held.capacity = 0  # from now on each line at once
     trained = train(dataset, plan, stored, config)
     metrics, probability = evaluate(dataset, plan, trained, stored.supplied, config)
     metrics |= {"left_out": scan.left_out(), "device": device, "versions": _versions()}
     metrics |= {"seconds": round(time.perf_counter() - started, 1)}
+    if not leads:
+        return ""
     save_run(run, scan, dataset, plan, trained, stored, metrics, probability, config)
     return report(metrics, run)
 
@@ -1081,6 +1623,7 @@ class Model(NamedTuple):
     classes: tuple[str, ...]
     dim: int
     cuts_vectors: bool
+    mean_pooling: bool
     statistics: tuple[np.ndarray, np.ndarray]
     params: dict
 
@@ -1099,22 +1642,45 @@ def load_model(run: Path) -> Model:
         arrays = check_data.read_arrays(run / "model.npz")
         mean, scale = arrays.pop("mean"), arrays.pop("scale")
         classes, dim = tuple(map(str, described["classes"])), int(described["dim"])
-        cuts = bool(described["cuts_vectors"])
+        cuts, mean_pooling = bool(described["cuts_vectors"]), described["pooling"] == "mean"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise check_data.UsageError(f"{name} holds no finished model: {error}") from None
     kernel = arrays.get("params/Dense_0/kernel", np.zeros(0))
     seeds, width = kernel.shape[0], kernel.shape[-1]
     wanted = {
-        "params/Dense_0/kernel": (seeds, dim, width),
+        "params/Dense_0/kernel": (seeds, dim if mean_pooling else 2 * dim, width),
         "params/Dense_0/bias": (seeds, width),
         "params/Dense_1/kernel": (seeds, width, len(classes)),
         "params/Dense_1/bias": (seeds, len(classes)),
-    }
+        "params/linear/kernel": (seeds, dim, len(classes)),
+        "params/linear/bias": (seeds, len(classes)),
+    } | ({} if mean_pooling else {"params/query": (seeds, dim)})
     if {path: array.shape for path, array in arrays.items()} != wanted or {mean.shape, scale.shape} != {(dim,)}:
         raise check_data.UsageError(f"{name}: config.json and model.npz do not belong together")
     if not all(np.isfinite(array).all() for array in (mean, scale, *arrays.values())):
         raise check_data.UsageError(f"{name}: the model holds NaN or Inf")
-    return Model(classes, dim, cuts, (mean, scale), unflatten(arrays))
+    return Model(classes, dim, cuts, mean_pooling, (mean, scale), unflatten(arrays))
+
+
+def model_logits(model: Model, sequences: list[np.ndarray], config: Config) -> np.ndarray:
+    """Logits of every seed of a model, (S, N, C), for features of shape (T, D) each; empties the list."""
+    x = np.stack([stats.Moments.of(sequence).mean for sequence in sequences]).astype(np.float32)
+    length = np.array([1 if model.mean_pooling else len(sequence) for sequence in sequences])
+    frames = None if model.mean_pooling else Frames.of(sequences, model.statistics[0])
+    dataset = Dataset(x, length, np.zeros(len(x), np.int32), model.classes, [], None, frames)
+    seeds, width = model.params["Dense_0"]["bias"].shape
+    config = dataclasses.replace(config, width=width)
+    table = _tables(np.ones((1, len(x)), bool), dataset, min(config.batch, len(x)))[0]
+    task = make_task(dataset, (table,), config)
+    mean, scale = (np.stack([array] * seeds) for array in model.statistics)
+    nothing, setting = np.zeros(seeds, np.int32), stack_setting(Setting(0, 0, 0, width, 0, 0), seeds)
+    members = Member(nothing, nothing, nothing, nothing, mean, scale, nothing, setting)
+    params = {name: value for name, value in model.params.items() if name != "linear"}
+    mesh = jax.sharding.Mesh(np.array(jax.local_devices()[:1]), ("population",))
+    data = place(mesh, device_data(dataset))
+    logits = compute_logits(task, mesh, data, table, place(mesh, members, "population"), params)
+    linear = model.params["linear"]
+    return logits + (x - model.statistics[0]) / model.statistics[1] @ linear["kernel"] + linear["bias"][:, None]
 
 
 def run_prediction(config: Config) -> int:
@@ -1133,12 +1699,7 @@ def run_prediction(config: Config) -> int:
         log.info(line)
     if not scan.records:
         raise check_data.UsageError(f"no file can be used; the model wants features {model.dim} wide")
-    x = np.stack([stats.Moments.of(frames).mean for frames in scan.features]).astype(np.float32)
-    seeds, width = model.params["Dense_0"]["bias"].shape
-    network = build_network(width, 0.0, len(model.classes))
-    mean, scale = (np.stack([array] * seeds) for array in model.statistics)
-    logits = jax.jit(functools.partial(all_logits, network))(model.params, mean, scale, x)
-    probability = stats.probabilities(np.asarray(logits, np.float64).mean(0))
+    probability = stats.probabilities(model_logits(model, scan.features, config).mean(0))
     rows = [{"file": record.file} | _predicted(model.classes, row) for record, row in zip(scan.records, probability)]
     out.mkdir(parents=True, exist_ok=True)
     stats.write_files(out, {"predictions.csv": stats.csv_bytes(rows)})

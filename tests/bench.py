@@ -1,50 +1,165 @@
 #!/usr/bin/env python3
-"""Time the reader beside np.load and beside a raw read, and weigh the scan of small and large folders.
+"""Measure the programs beside the tools that one would use instead.
 
-    python tests/bench.py [--scan]
+    python tests/bench.py --read --train --growth --start --accuracy DIR --folds emobox-ravdess
+    python tests/bench.py --all
 
-Every figure is a median over rounds that take turns on the same files, all of them in the page cache; ratios are taken
-round by round. `--scan` adds time and peak memory of check_data.py on folders of 1,000, 12,000 and 50,000 vectors.
+The contestants of a benchmark take turns inside one run, so that a machine that slows down slows all of them; figures
+are medians over the rounds, and ratios are taken round by round. Processes that are started here have jax's persistent
+compilation cache turned off: every start is a first start, and nothing is left behind.
 """
 
 import argparse
+import contextlib
+import copy
+import dataclasses
+import functools
+import importlib.metadata
+import importlib.util
+import itertools
+import json
+import math
 import os
-import resource
-import statistics
+import platform
 import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 
-ROOT = Path(__file__).resolve().parent.parent
+HERE = Path(__file__).resolve()
+ROOT = HERE.parent.parent
 sys.path.insert(0, str(ROOT))
 
 import check_data  # noqa: E402
+import emotions  # noqa: E402
+import stats  # noqa: E402
+import train  # noqa: E402
 
-ROUNDS = 9
+DIM, WIDTH, CLASSES, SPEAKERS = 768, 256, 8, 115
+FIRST_EPOCHS = 4  # of train.train's first call, which compiles; taken off again to leave the compilation out
+#: Starts a process and tells what it took; small, since Linux counts in a child's peak what its parent held.
+LAUNCHER = """import json, os, subprocess, sys, time
+started = time.perf_counter()
+_, status, usage = os.wait4(subprocess.Popen(sys.argv[1:]).pid, 0)
+cost = time.perf_counter() - started, usage.ru_utime + usage.ru_stime, usage.ru_maxrss
+print("\\n" + json.dumps([os.waitstatus_to_exitcode(status), *cost]))"""
+
+
+class Cost(NamedTuple):
+    """What a run took: seconds of the clock, seconds of all cores together, and MB at most."""
+
+    wall: float
+    cpu: float
+    peak: float = math.nan
+
+
+# --- measuring ----------------------------------------------------------------------------------------------------
+
+
+def turns(contestants: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list]:
+    """Let the contestants run one after the other, `rounds` times over; return the results of each."""
+    results = {name: [] for name in contestants}
+    for number in range(1, rounds + 1):
+        for name, run in contestants.items():
+            if sys.stderr.isatty():
+                print(f"\r\033[Kround {number} of {rounds}: {name}\r", end="", file=sys.stderr, flush=True)
+            results[name].append(run())
+    return results
+
+
+def timed(function: Callable[[], Any]) -> Cost:
+    """Cost of a call in this process."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    function()
+    return Cost(time.perf_counter() - wall, time.process_time() - cpu)
+
+
+def child(*arguments: Any, answer: bool = False) -> Any:
+    """Run Python with these arguments.
+
+    Returns
+    -------
+    Cost or Any
+        What the whole process took, imports and exit included; with `answer` the JSON that it printed.
+
+    Raises
+    ------
+    check_data.UsageError
+        If it does not end well.
+    """
+    command = [sys.executable, "-S", "-c", LAUNCHER, sys.executable, *map(str, arguments)]
+    environment = os.environ | {"JAX_ENABLE_COMPILATION_CACHE": "false"}
+    done = subprocess.run(
+        command, capture_output=True, text=True, errors="replace", cwd=ROOT, env=environment, check=True
+    )
+    *lines, report = filter(None, done.stdout.splitlines())
+    status, wall, cpu, peak = json.loads(report)
+    if status:
+        told = done.stderr.strip().rpartition("\n")[2] or "it said nothing"
+        raise check_data.UsageError(f"{' '.join(command[5:])[:200]}: exit status {status}: {told}")
+    return (
+        json.loads(lines[-1]) if answer else Cost(wall, cpu, peak / (1 << 20 if sys.platform == "darwin" else 1 << 10))
+    )
+
+
+def machine() -> str:
+    """Versions of what takes part, and the number of cores."""
+    told = [f"Python {platform.python_version()}"]
+    for package in ("numpy", "jax", "flax", "optax", "torch", "scikit-learn"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            told.append(f"{package} {importlib.metadata.version(package)}")
+    return f"{', '.join(told)}; {os.cpu_count()} cores"
+
+
+def table(title: str, header: list[str], rows: list[list[str]]) -> None:
+    """Print an aligned table in markdown."""
+    print(f"\n{title}\n")
+    widths = [max(map(len, column)) for column in zip(header, *rows)]
+    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+    for row in (header, rule, *rows):
+        cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))]
+        print(f"| {' | '.join(cells)} |", flush=True)
+
+
+def installed(module: str, contestant: str) -> bool:
+    """Whether a module that only a benchmark needs is there; say so in a sentence if not."""
+    there = importlib.util.find_spec(module) is not None
+    if not there:
+        print(f"{contestant} is left out: it needs {module}, which is not installed here.")
+    return there
+
+
+# --- reading ------------------------------------------------------------------------------------------------------
 
 
 def write_set(folder: Path, files: int, shape: tuple[int, ...]) -> list[str]:
-    """Write files that are named as those of ESD, whose numbering allows for 35,000, and of a second copy of it."""
+    """Write files named as those of ESD, whose numbering allows for 35,000, and of a second copy of it.
+
+    Speakers and emotions alternate, so that a small set has all of them, and an emotion can be learned.
+    """
     random = np.random.default_rng(0)
+    directions = random.normal(size=(5, shape[-1]))
     folder.mkdir()
     paths = []
     for number in range(files):
-        speaker, sentence = divmod(number % 35_000, 1750)
+        sentence, speaker = divmod(number % 35_000, 20)
+        sentence, emotion = divmod(sentence, 5)
         prefix = "esd_" if number < 35_000 else "ESD-"
-        paths.append(f"{folder}/{prefix}{speaker + 1:04d}_{sentence + 1:06d}.npz")
-        np.savez(paths[-1], emb=random.normal(size=shape).astype(np.float32))
+        paths.append(f"{folder}/{prefix}{speaker + 1:04d}_{350 * emotion + sentence + 1:06d}.npz")
+        np.savez(paths[-1], emb=(random.normal(size=shape) + 0.3 * directions[emotion]).astype(np.float32))
     return paths
 
 
-def raw(path: str) -> bytes:
+def raw(path: str) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        return os.read(descriptor, 1 << 30)
+        os.read(descriptor, os.fstat(descriptor).st_size)  # a larger buffer would cost more than the reading
     finally:
         os.close(descriptor)
 
@@ -54,45 +169,518 @@ def numpy_load(path: str) -> np.ndarray:
         return file["emb"]
 
 
-def seconds(read: Callable, paths: list[str]) -> float:
-    started = time.perf_counter()
+def each(read: Callable[[str], Any], paths: list[str]) -> None:
+    """Read every file and keep none."""
     for path in paths:
         read(path)
-    return time.perf_counter() - started
 
 
-def bench_reader() -> None:
-    print(f"{'array':>12} {'files':>6} {'raw us':>8} {'ours us':>8} {'numpy us':>9} {'numpy/ours':>11} {'ours/raw':>9}")
-    readers = (raw, check_data.read_features, numpy_load)
-    for shape, files in (((768,), 2000), ((150, 768), 300)):
+def bench_read(options: argparse.Namespace) -> None:
+    """Time reading alone, file by file, and all that happens until there is a block to train on.
+
+    The files are in the page cache. A scan also reads the names, sums the moments and looks for duplicates, and pack
+    takes the mean over the frames; the loop over np.load only stacks what it reads.
+    """
+    rows = []
+    for shape, files in (((DIM,), 2000), ((150, DIM), 200)):
         with tempfile.TemporaryDirectory() as place:
             paths = write_set(Path(place) / "set", files, shape)
-            rounds = [[seconds(read, paths) for read in readers] for _ in range(ROUNDS)]
-        bare, ours, numpy = (statistics.median(column) / files * 1e6 for column in zip(*rounds))
-        faster = statistics.median(theirs / mine for _, mine, theirs in rounds)
-        slower = statistics.median(mine / least for least, mine, _ in rounds)
-        print(f"{shape!s:>12} {files:>6} {bare:>8.1f} {ours:>8.1f} {numpy:>9.1f} {faster:>11.2f} {slower:>9.2f}")
+            config = train.Config(f"{place}/set")
+            contestants = {
+                "read_features": functools.partial(each, check_data.read_features, paths),
+                "np.load": functools.partial(each, numpy_load, paths),
+                "raw read": functools.partial(each, raw, paths),
+                "scan + pack": lambda config=config: train.pack(check_data.scan(config, keep_features=True)),
+                "np.load + np.stack": lambda paths=paths: np.stack([numpy_load(path) for path in paths]),
+            }
+            timers = {name: functools.partial(timed, run) for name, run in contestants.items()}
+            walls = {name: np.array(costs)[:, 0] for name, costs in turns(timers, options.rounds).items()}
+        for name, wall in walls.items():
+            rival = "scan + pack" if "+" in name else "read_features"
+            compared = [f"{np.median(wall / walls[rival]):.2f}", rival]
+            rows.append([name, str(shape), str(files), f"{np.median(wall) / files * 1e6:.1f}", *compared])
+    table(
+        f"Reading, medians of {options.rounds} rounds",
+        ["reader", "shape", "files", "us a file", "times", "that of"],
+        rows,
+    )
 
 
-def bench_scan() -> None:
-    print(f"\n{'files':>6} {'seconds':>8} {'peak MB':>8}   python check_data.py, whole process")
+# --- training -----------------------------------------------------------------------------------------------------
+
+
+class Problem(NamedTuple):
+    """What all contestants train: the same models on the same utterances x (N, D), in the same batches."""
+
+    x: np.ndarray
+    label: np.ndarray
+    dataset: Any
+    plan: Any
+    config: Any
+
+
+def problem(utterances: int, batch: int, epochs: int) -> Problem:
+    """Make a set in memory and plan its five folds: all that these benchmarks need to know of train.py.
+
+    train.train takes smaller batches where a set is small; the others then get the same.
+    """
+    random = np.random.default_rng(0)
+    label = np.arange(utterances) // SPEAKERS % CLASSES
+    x = (random.normal(size=(CLASSES, DIM))[label] * 0.2 + random.normal(size=(utterances, DIM))).astype(np.float32)
+    scan = check_data.Scan(Path(), dim=DIM, features=list(x[:, None]))
+    for place, emotion in enumerate(label):
+        who = emotions.Utterance(f"{place:06d}.npz", "own", emotions.EMOTIONS[emotion], f"own:{place % SPEAKERS}")
+        scan.records.append(check_data.Record(who, "name", (DIM,), "emb", "float32", place, 1.0))
+    dataset = train.pack(scan)
+    config = train.Config("none", folds="5", seeds=1, epochs=epochs, patience=epochs, batch=batch, width=WIDTH)
+    plan = train.make_plan(dataset, config)
+    smaller = int(plan.train.sum(1).max()) // getattr(train, "STEPS_AN_EPOCH", 1)
+    return Problem(x, label, dataset, plan, dataclasses.replace(config, batch=min(batch, max(smaller, 2))))
+
+
+def prepare_ours(given: Problem) -> tuple[str, Callable[[], Any]]:
+    device = train.start_jax()
+    stored = stats.Stored(stats.Moments.of(given.x).statistics(), False, "benchmark")
+    return device, lambda: train.train(given.dataset, given.plan, stored, given.config)
+
+
+def prepare_torch(given: Problem) -> tuple[str, Callable[[], Any]]:
+    """The loop that one would write: a model at a time, a batch at a time, the validation after each epoch."""
+    import torch
+
+    config, device = given.config, "cuda" if torch.cuda.is_available() else "cpu"
+    label = torch.tensor(given.label, device=device)
+
+    def fit(training: np.ndarray, validating: np.ndarray) -> None:
+        mean, std = given.x[training].mean(0), given.x[training].std(0)
+        x = torch.tensor((given.x - mean) / std, device=device)
+        train_on, validate_on = (torch.tensor(np.flatnonzero(mask), device=device) for mask in (training, validating))
+        layers = torch.nn.Linear(DIM, WIDTH), torch.nn.ReLU(), torch.nn.Dropout(0.5), torch.nn.Linear(WIDTH, CLASSES)
+        model = torch.nn.Sequential(*layers).to(device)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=1e-2)
+        loss_of = torch.nn.CrossEntropyLoss(label_smoothing=0.1)
+        for _ in range(config.epochs):
+            model.train()
+            for chosen in train_on[torch.randperm(len(train_on), device=device)].split(config.batch):
+                optimizer.zero_grad()
+                loss_of(model(x[chosen]), label[chosen]).backward()
+                torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+                optimizer.step()
+            model.eval()
+            with torch.no_grad():
+                loss_of(model(x[validate_on]), label[validate_on]).item()
+
+    return device, lambda: [fit(*masks) for masks in zip(given.plan.train, given.plan.validation)]
+
+
+def prepare_sklearn(given: Problem) -> tuple[str, Callable[[], Any]]:
+    """The ready-made classifier; Adam only, without dropout, decoupled decay, smoothing, clipping or validation."""
+    from sklearn.neural_network import MLPClassifier
+
+    config = given.config
+
+    def fit(training: np.ndarray) -> None:
+        x, limits = given.x[training], {"max_iter": config.epochs, "n_iter_no_change": config.epochs, "tol": 0.0}
+        model = MLPClassifier((WIDTH,), batch_size=config.batch, solver="adam", **limits)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that it has not converged
+            model.fit((x - x.mean(0)) / x.std(0), given.label[training])
+
+    return "cpu", lambda: [fit(training) for training in given.plan.train]
+
+
+PREPARE = {"ours": prepare_ours, "short": prepare_ours, "torch": prepare_torch, "sklearn": prepare_sklearn}
+
+
+def matrix_peak() -> float:
+    """Floating-point operations a second of a float32 product of two 2048 x 2048 matrices in jax, median of 7."""
+    import jax
+
+    one = jax.random.normal(jax.random.key(0), (2048, 2048))
+    product = jax.jit(lambda a: a @ a)
+    product(one).block_until_ready()
+    return 2 * 2048**3 / np.median([timed(lambda: product(one).block_until_ready()).wall for _ in range(7)])
+
+
+def work(contestant: str, utterances: int, batch: int, epochs: int) -> None:
+    """Train as one contestant in this process; print what it took, imports and data left out, as JSON."""
+    given = problem(utterances, batch, epochs)
+    device, run = PREPARE[contestant](given)
+    cost = timed(run)
+    # Products of every step: two of the hidden layer, whose input needs no gradient, and three of the output layer.
+    flops = (4 * DIM * WIDTH + 6 * WIDTH * CLASSES) * int(given.plan.train.sum()) * epochs
+    answer = {"cost": cost[:2], "flops": flops, "batch": given.config.batch, "device": device}
+    print(json.dumps(answer | {"peak": matrix_peak() if PREPARE[contestant] is prepare_ours else 0}))
+
+
+def bench_train(options: argparse.Namespace) -> None:
+    """Five folds and the final model, against a PyTorch loop and scikit-learn's MLPClassifier, at equal work.
+
+    Each run is a process of its own. Ours runs for E + 4 epochs and for 4, since it compiles before the first; their
+    difference is the time of E epochs without the compilation (lost in noise where E is small), and the time with it
+    is that of the short run and (E - 4) / E of the difference. `of peak` sets the operations of the matrix products
+    of the training steps, over the time without compilation, against the fastest median of a product of two
+    2048 x 2048 matrices in jax, measured on the same device in the same run.
+    """
+    names = {"torch": "PyTorch loop", "sklearn": "scikit-learn MLP *"}
+    names = {"ours": "ours"} | {module: name for module, name in names.items() if installed(module, name)}
+    rows = []
+    for batch in options.batch:
+        lengths = dict.fromkeys(names, options.epochs) | {"ours": options.epochs + FIRST_EPOCHS, "short": FIRST_EPOCHS}
+        starts = {
+            key: functools.partial(child, HERE, "--worker", key, options.utterances, batch, epochs, answer=True)
+            for key, epochs in lengths.items()
+        }
+        runs = turns(starts, options.rounds)
+        rows += training_rows(runs, options.epochs, names)
+    size = f"{options.utterances} x {DIM}, {options.epochs} epochs, medians of {options.rounds} rounds"
+    devices = ", ".join(f"{name} on {runs[key][0]['device']}" for key, name in names.items())
+    compiled, bare = ["s with compile", "cores' s", "x ours"], ["s without", "cores' s", "x ours", "cores x ours"]
+    header = ["contestant", "batch", *compiled, *bare, "GFLOP/s", "of peak"]
+    table(f"Training five folds and the final model, {size}; {devices}", header, rows)
+    if "sklearn" in names:
+        print("* has no dropout, decoupled decay, label smoothing, clipping or validation: each of its steps does less")
+
+
+def training_rows(runs: dict[str, list[dict]], epochs: int, names: dict[str, str]) -> list[list[str]]:
+    """Rows of the table for one batch size; costs have shape (rounds, 2), of the clock and of all cores together."""
+    costs = {key: np.array([answer["cost"] for answer in answers]) for key, answers in runs.items()}
+    peak = max(answer["peak"] for answers in runs.values() for answer in answers)
+    flops, batch = runs["ours"][0]["flops"] * epochs / (epochs + FIRST_EPOCHS), runs["ours"][0]["batch"]
+    bare = costs | {"ours": costs["ours"] - costs["short"]}  # the others compile nothing: both of their times are one
+    whole = costs | {"ours": costs["short"] + (1 - FIRST_EPOCHS / epochs) * bare["ours"]}
+    rows = []
+    for key, name in names.items():
+        cells = [name, str(batch)]
+        for part in (whole, bare):
+            cells += [f"{value:.2f}" for value in np.median(part[key], 0)]
+            cells += [f"{value:.2f}" for value in np.median(part[key] / part["ours"], 0)]
+        del cells[5]  # what the cores took with the compilation tells nothing new
+        speed = flops / np.median(bare[key][:, 0])
+        rows.append([*cells, f"{speed / 1e9:.1f}", f"{speed / peak:.0%}"])
+    return rows
+
+
+# --- whole programs -----------------------------------------------------------------------------------------------
+
+
+def bench_growth(options: argparse.Namespace) -> None:
+    """Time and peak memory of both programs over the number of files, each run a process of its own.
+
+    A slope of 1 on the log-log scale, from the size before, is growth in proportion; start-up makes it smaller.
+    """
+    rows, contestants = [], {}
     with tempfile.TemporaryDirectory() as place:
-        for files in (1_000, 12_000, 50_000):
-            folder = Path(place) / str(files)
-            write_set(folder, files, (768,))
-            times = []
-            for _ in range(3):
-                started = time.perf_counter()
-                subprocess.run([sys.executable, ROOT / "check_data.py", folder], stdout=subprocess.DEVNULL, check=False)
-                times.append(time.perf_counter() - started)
-            peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024  # the largest child so far: the last
-            print(f"{files:>6} {statistics.median(times):>8.2f} {peak:>8.1f}")
+        for size in options.sizes:
+            write_set(Path(place) / str(size), size, (DIM,))
+            short = ["--out", f"{place}/run-{size}", "--epochs", 4, "--seeds", 1]
+            for program, extra in (("check_data.py", []), ("train.py", short)):
+                contestants[program, size] = functools.partial(child, ROOT / program, f"{place}/{size}", *extra)
+        costs = turns(contestants, options.rounds)
+    for program in ("check_data.py", "train.py"):
+        figures = np.array([np.median(costs[program, size], 0) for size in options.sizes])
+        slopes = np.diff(np.log(figures), axis=0) / np.diff(np.log(options.sizes))[:, None]
+        for size, (wall, cpu, peak), slope in zip(options.sizes, figures, [None, *slopes]):
+            shares = [f"{wall / size * 1000:.3f}", f"{peak / size * 1000:.1f}"]
+            steep = ["", ""] if slope is None else [f"{slope[0]:.2f}", f"{slope[2]:.2f}"]
+            rows.append([program, str(size), f"{wall:.2f}", f"{cpu:.2f}", f"{peak:.0f}", *shares, *steep])
+    share = ["s / 1000 files", "MB / 1000 files", "slope of s", "slope of MB"]
+    title = f"Growth with the number of files, vectors of {DIM}, medians of {options.rounds} rounds"
+    table(title, ["program", "files", "s", "cores' s", "peak MB", *share], rows)
+
+
+def link_set(directory: str | Path, place: Path) -> Path:
+    """Link what is in a folder into a new one: train.py saves the statistics beside the features."""
+    place.mkdir()
+    for entry in os.scandir(directory):
+        (place / entry.name).symlink_to(os.path.abspath(entry.path))
+    return place
+
+
+def bench_start(options: argparse.Namespace) -> None:
+    """Start-up of both programs beside that of Python and jax alone."""
+    with tempfile.TemporaryDirectory() as place:
+        sample = link_set(ROOT / "sample", Path(place) / "sample")
+        commands = {
+            "python -c pass": ["-c", "pass"],
+            "python -c 'import jax'": ["-c", "import jax"],
+            "check_data.py --help": [ROOT / "check_data.py", "--help"],
+            "train.py --help": [ROOT / "train.py", "--help"],
+            "check_data.py sample": [ROOT / "check_data.py", sample],
+            "train.py sample --epochs 1": [ROOT / "train.py", sample, "--epochs", 1, "--out", f"{place}/run"],
+        }
+        costs = turns({name: functools.partial(child, *command) for name, command in commands.items()}, options.rounds)
+    bare = np.array(costs["python -c pass"])
+    rows = []
+    for name, column in costs.items():
+        (wall, cpu, peak), (slower, *_) = np.median(column, 0), np.median(column / bare, 0)
+        rows.append([name, f"{wall:.3f}", f"{cpu:.3f}", f"{peak:.0f}", f"{slower:.1f}"])
+    header = ["command", "s", "cores' s", "peak MB", "x bare Python"]
+    table(f"Starting, medians of {options.rounds} rounds", header, rows)
+
+
+# --- accuracy -----------------------------------------------------------------------------------------------------
+
+
+class Features(NamedTuple):
+    """Means over the frames (N, D), the frames themselves [(T, D)], their moments stacked along N, labels (N,)."""
+
+    x: np.ndarray
+    frames: list[np.ndarray]
+    moments: stats.Moments
+    label: np.ndarray
+    classes: int
+
+
+class Split(NamedTuple):
+    """Indices of the utterances of one fold; `validation` are those of the first seed of the plan."""
+
+    train: np.ndarray
+    validation: np.ndarray
+    test: np.ndarray
+
+
+def recall(data: Features, part: np.ndarray, predicted: np.ndarray) -> float:
+    """UA of predictions for some utterances; every choice below is made by it on the validation speakers."""
+    return float(stats.scores(stats.confusion_matrix(data.label[part], predicted, data.classes))["ua"])
+
+
+def best_of(models: list, data: Features, split: Split) -> np.ndarray:
+    """Choose a scikit-learn model on the validation speakers, fit it to both parts, predict the test part."""
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    def fitted(model: Any, part: np.ndarray) -> Any:
+        return make_pipeline(StandardScaler(), model).fit(data.x[part], data.label[part])
+
+    def score(model: Any) -> float:
+        return recall(data, split.validation, fitted(model, split.train).predict(data.x[split.validation]))
+
+    chosen = max(models, key=score)
+    return fitted(chosen, np.concatenate([split.train, split.validation])).predict(data.x[split.test])
+
+
+def logistic_regression(data: Features, split: Split) -> np.ndarray:
+    from sklearn.linear_model import LogisticRegression
+
+    models = [LogisticRegression(C=c, max_iter=2000, class_weight="balanced") for c in (0.01, 0.1, 1)]
+    return best_of(models, data, split)
+
+
+def rbf_svm(data: Features, split: Split) -> np.ndarray:
+    from sklearn.svm import SVC
+
+    return best_of([SVC(C=c, class_weight="balanced") for c in (1, 10)], data, split)
+
+
+class Recipe(NamedTuple):
+    """How a PyTorch model is trained: validated after `every` so many epochs, until `wait` in a row bring no gain."""
+
+    rate: float
+    batch: int
+    epochs: int
+    every: int
+    wait: int
+
+
+def fit_torch(model: Any, logits: Callable, data: Features, split: Split, recipe: Recipe) -> tuple[float, np.ndarray]:
+    """Train with Adam; return the best validation UA, and the predictions for the test part at that epoch.
+
+    `logits` leads from indices of utterances to what the model says of them.
+    """
+    import torch
+
+    label, parts = torch.tensor(data.label), Split(*map(torch.tensor, split))
+    optimizer = torch.optim.Adam(model.parameters(), lr=recipe.rate)
+
+    def predict(part: Any) -> np.ndarray:
+        model.eval()
+        with torch.no_grad():
+            return torch.cat([logits(chosen).argmax(1) for chosen in part.split(recipe.batch)]).numpy()
+
+    best, kept, waited = -1.0, None, 0
+    for epoch in range(1, recipe.epochs + 1):
+        model.train()
+        for chosen in parts.train[torch.randperm(len(parts.train))].split(recipe.batch):
+            if len(chosen) > 1:  # a batch norm cannot train on one
+                optimizer.zero_grad()
+                torch.nn.functional.cross_entropy(logits(chosen), label[chosen]).backward()
+                optimizer.step()
+        if epoch % recipe.every == 0:
+            score, waited = recall(data, split.validation, predict(parts.validation)), waited + 1
+            if score > best:
+                best, kept, waited = score, copy.deepcopy(model.state_dict()), 0
+            if waited == recipe.wait:
+                break
+    model.load_state_dict(kept)
+    return best, predict(parts.test)
+
+
+def emobox_head(data: Features, split: Split) -> np.ndarray:
+    """EmoBox's head (its repository, examples/sb): Linear, ReLU, mean over the real frames, Linear.
+
+    Hidden width 256, Adam 1e-4, batch 32, 100 epochs (its example files have 20). Unlike there, the features are
+    standardised, the rate is constant instead of warming up and falling, and validation alone picks the epoch, where
+    its script tests every one.
+    """
+    import torch
+
+    statistics = data.moments.merged(split.train).statistics()
+    mean, scale = torch.tensor(statistics.mean), torch.tensor(statistics.scale())
+    length = torch.tensor([len(frames) for frames in data.frames])
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(len(mean), 256), torch.nn.ReLU(), torch.nn.Linear(256, data.classes))
+
+    def logits(chosen: Any) -> Any:
+        frames = torch.tensor(np.concatenate([data.frames[place] for place in chosen.tolist()]))
+        return model[2](torch.segment_reduce(model[:2]((frames - mean) / scale), "mean", lengths=length[chosen]))
+
+    return fit_torch(model, logits, data, split, Recipe(1e-4, 32, 100, 1, 100))[1]
+
+
+def hear_mlp(data: Features, split: Split) -> np.ndarray:
+    """HEAR's grid of MLPs as we read it in its evaluation kit.
+
+    1 or 2 hidden layers of 1024 (Linear, batch norm, dropout 0.1, ReLU), Adam at four rates, batch 1024, at most 500
+    epochs, validation after every third, patience 20. Unlike there: all 8 points with Xavier's uniform start instead
+    of 8 drawn from 16 with two kinds; chosen in each fold, not in the first for all; by UA, not by accuracy; batches
+    shuffled; features standardised.
+    """
+    import torch
+
+    mean, std = data.x[split.train].mean(0), data.x[split.train].std(0)
+    x = torch.tensor((data.x - mean) / np.where(std > 0, std, 1))
+    outcomes = []
+    for hidden, rate in itertools.product((1, 2), (3.2e-3, 1e-3, 3.2e-4, 1e-4)):
+        torch.manual_seed(0)
+        layers, widths = [], [x.shape[1], *[1024] * hidden]
+        for place, (before, after) in enumerate(itertools.pairwise([*widths, data.classes])):
+            layers.append(torch.nn.Linear(before, after))
+            torch.nn.init.xavier_uniform_(layers[-1].weight, gain=math.sqrt(2) if place else 1.0)
+            if place < hidden:
+                layers += [torch.nn.BatchNorm1d(after), torch.nn.Dropout(0.1), torch.nn.ReLU()]
+        model = torch.nn.Sequential(*layers)
+        logits = functools.partial(lambda model, chosen: model(x[chosen]), model)
+        outcomes.append(fit_torch(model, logits, data, split, Recipe(rate, 1024, 500, 3, 20)))
+    return max(outcomes, key=lambda outcome: outcome[0])[1]
+
+
+YARDSTICKS = {
+    "logistic regression": ("sklearn", logistic_regression),
+    "RBF-SVM": ("sklearn", rbf_svm),
+    "EmoBox's head": ("torch", emobox_head),
+    "HEAR's MLP grid": ("torch", hear_mlp),
+}
+
+
+def bench_accuracy(options: argparse.Namespace) -> None:
+    """Scores of usual methods and of ours on the same features, folds and bootstrap over speakers; each runs once.
+
+    Methods that are refitted with their chosen setting (regression, SVM) then get the validation speakers too; those
+    that stop early train on the rest. Ours is train.py as the command line runs it, its start included in the seconds.
+    """
+    config = train.Config(options.accuracy, folds=options.folds)
+    scan = check_data.scan(config, keep_features=True)
+    for obstacle in check_data.obstacles(scan):
+        raise check_data.UsageError(obstacle)
+    frames, speaker = list(scan.features), [record.utterance.speaker or record.file for record in scan.records]
+    dataset = train.pack(scan)
+    plan = train.make_plan(dataset, config)
+    moments = stats.Moments.stack([stats.Moments.of(sequence) for sequence in frames])
+    data = Features(moments.mean.astype(np.float32), frames, moments, dataset.label, len(dataset.classes))
+    size = f"{len(frames)} utterances, {len(set(speaker))} speakers, {data.classes} classes, --folds {options.folds}"
+    rows = []
+    for name, (module, method) in YARDSTICKS.items():
+        if installed(module, name):
+            predicted = np.zeros_like(data.label)
+            cost = timed(functools.partial(predict_folds, method, data, plan, config.seeds, predicted))
+            rows.append(score_row(name, scored(data, speaker, predicted), cost))
+    with tempfile.TemporaryDirectory() as place:
+        linked = link_set(options.accuracy, Path(place) / "data")
+        cost = child(ROOT / "train.py", linked, "--folds", options.folds, "--out", f"{place}/run")
+        rows.append(score_row("ours", json.loads(Path(place, "run", "metrics.json").read_text()), cost))
+    table(
+        f"Accuracy, per cent, {size}, one run of each",
+        ["method", "UA", "95 % interval", "WA", "macro F1", "s", "cores' s"],
+        rows,
+    )
+
+
+def predict_folds(method: Callable, data: Features, plan: Any, seeds: int, predicted: np.ndarray) -> None:
+    """Fill in the prediction for every utterance, by the model of the fold that tests it."""
+    for fold in range(int(plan.fold.max()) + 1):
+        masks = plan.train[fold * seeds], plan.validation[fold * seeds], plan.fold == fold
+        split = Split(*map(np.flatnonzero, masks))
+        predicted[split.test] = method(data, split)
+
+
+def scored(data: Features, speaker: list[str], predicted: np.ndarray) -> dict:
+    """Scores of predictions and the interval of UA, as metrics.json has them."""
+    names, group = np.unique(speaker, return_inverse=True)
+    counts = np.zeros((len(names), data.classes, data.classes), int)
+    np.add.at(counts, (group, data.label, predicted), 1)
+    return stats.scores(counts.sum(0)) | {"ua_ci95": stats.speaker_intervals(counts, 0)["ua"]}
+
+
+def score_row(name: str, metrics: dict, cost: Cost) -> list[str]:
+    low, high = metrics["ua_ci95"]
+    ua, wa, f1 = (f"{100 * metrics[key]:.2f}" for key in ("ua", "wa", "macro_f1"))
+    return [name, ua, f"{100 * low:.1f} to {100 * high:.1f}", wa, f1, f"{cost.wall:.1f}", f"{cost.cpu:.1f}"]
+
+
+# --- the program --------------------------------------------------------------------------------------------------
+
+
+def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, (_, text) in BENCHMARKS.items():
+        parser.add_argument(f"--{name}", action="store_true", help=text)
+    parser.add_argument("--accuracy", metavar="DIR", help="score usual methods and ours on these features")
+    parser.add_argument("--all", action="store_true", help="all of them; --accuracy on sample/ unless it is given")
+    parser.add_argument("--rounds", type=int, default=5, help="turns of each contestant (%(default)s)")
+    parser.add_argument("--folds", default="5", help="--accuracy: as --folds of train.py (%(default)s)")
+    parser.add_argument("--utterances", type=int, default=8882, help="--train: size of the set (%(default)s)")
+    parser.add_argument("--batch", type=int, nargs="+", default=[64, 256], help="--train: batch sizes (%(default)s)")
+    parser.add_argument("--epochs", type=int, default=40, help="--train: epochs (%(default)s)")
+    parser.add_argument("--sizes", type=int, nargs="+", default=[1000, 3000, 9000, 27000], help="--growth: files")
+    parser.add_argument("--worker", nargs=4, help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    if options.all:
+        vars(options).update(dict.fromkeys(BENCHMARKS, True), accuracy=options.accuracy or str(ROOT / "sample"))
+    counts = [options.rounds, options.epochs, *options.batch, *options.sizes]
+    if min(counts) < 1 or max(options.sizes) > 70_000 or options.utterances < SPEAKERS * CLASSES // 2:
+        parser.error("counts are at least 1, --sizes at most 70000 and --utterances at least 460")
+    if not options.worker and options.accuracy is None and not any(vars(options)[name] for name in BENCHMARKS):
+        parser.error(f"choose a benchmark: {', '.join(f'--{name}' for name in BENCHMARKS)}, --accuracy DIR or --all")
+    return options
+
+
+BENCHMARKS = {
+    "read": (bench_read, "reading against np.load and against raw reads"),
+    "train": (bench_train, "training against PyTorch and scikit-learn, and against the peak of matrix products"),
+    "growth": (bench_growth, "time and memory of both programs over the number of files"),
+    "start": (bench_start, "start-up of both programs"),
+}
+
+
+def main() -> int:
+    options = parse_options()
+    if options.worker:
+        contestant, *numbers = options.worker
+        work(contestant, *map(int, numbers))
+        return 0
+    print(machine())
+    try:
+        for name, (bench, _) in BENCHMARKS.items():
+            if vars(options)[name]:
+                bench(options)
+        if options.accuracy is not None:
+            bench_accuracy(options)
+    except (check_data.UsageError, stats.DataError) as error:
+        print(f"bench.py: {error}", file=sys.stderr)
+        return 2
+    return 0
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--scan", action="store_true", help="also time and weigh whole scans")
-    options = parser.parse_args()
-    bench_reader()
-    if options.scan:
-        bench_scan()
+    sys.exit(check_data.guarded(main))

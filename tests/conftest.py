@@ -1,9 +1,11 @@
+import os
 import sys
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # nothing of the tests in the user's own cache
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 
