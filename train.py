@@ -601,6 +601,7 @@ class Task(NamedTuple):
     classes: int
     capacity: int  # G, chunks in the fullest batch; 0 for vectors
     steps: int  # batches in an epoch
+    mix: Callable  # mix, or unmixed where no setting wants it
 
 
 class Bag(NamedTuple):
@@ -707,10 +708,15 @@ def cross_entropy(logits: Any, target: Any, weight: Any) -> Any:
     return jnp.where(weight > 0, loss * weight, 0).sum() / jnp.maximum(weight.sum(), 1e-6)
 
 
-def mix(share: Any, weight: Any, *arrays: Any) -> list:
-    """Blend every row of a batch with the row at the other end; `share` (B, 1) is the other's part."""
+def mix(setting: Setting, key: Any, weight: Any, *arrays: Any) -> tuple:
+    """Blend every row of a batch with a random part of the row at the other end; padding is never mixed in."""
+    share = setting.mixup * jax.random.uniform(key, (len(weight), 1))
     share = jnp.where(((weight > 0) & (weight[::-1] > 0))[:, None], share, 0)
-    return [array + share * (array[::-1] - array) for array in arrays]
+    return tuple(array + share * (array[::-1] - array) for array in arrays)
+
+
+def unmixed(setting: Setting, key: Any, weight: Any, *arrays: Any) -> tuple:
+    return arrays
 
 
 def member_step(task: Task, member: Member, state: State, batch: tuple, key: Any, progress: Any) -> tuple[State, Any]:
@@ -721,11 +727,10 @@ def member_step(task: Task, member: Member, state: State, batch: tuple, key: Any
     x, label, weight = batch
     gate_key, mix_key = jax.random.split(key)
     gate = dropout_gate(task, member.setting, gate_key, len(label))
-    share = member.setting.mixup * jax.random.uniform(mix_key, (len(label), 1))
     smoothed = optax.smooth_labels(jax.nn.one_hot(label, task.classes), member.setting.label_smoothing)
 
     def loss_of(params):
-        mixed, target = mix(share, weight, pool(params, member, x), smoothed)
+        mixed, target = task.mix(member.setting, mix_key, weight, pool(params, member, x), smoothed)
         return cross_entropy(task.network.apply({"params": params}, mixed, gate), target, weight)
 
     loss, gradient = jax.value_and_grad(loss_of)(state.params)
@@ -734,24 +739,26 @@ def member_step(task: Task, member: Member, state: State, batch: tuple, key: Any
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)
     working = state.active & (weight.sum() > 0)
     bad_run = jnp.where(working, jnp.where(finite, 0, state.bad_run + 1), state.bad_run)
-    clipped = optax.clip_by_global_norm(task.config.clip).update(gradient, optax.EmptyState())[0]
-    state = adamw(member.setting, state, clipped, working & finite, progress)
+    factor = jnp.minimum(1, task.config.clip / jnp.maximum(norm, 1e-30))
+    state = adamw(member.setting, state, gradient, factor, working & finite, progress)
     state = state._replace(
         skipped=state.skipped + (working & ~finite), bad_run=bad_run, worst_run=jnp.maximum(state.worst_run, bad_run)
     )
     return state, jnp.where(working, jnp.stack([loss, norm]), 0)
 
 
-def adamw(setting: Setting, state: State, gradient: Any, keep: Any, progress: Any) -> State:
+def adamw(setting: Setting, state: State, gradient: Any, factor: Any, keep: Any, progress: Any) -> State:
     """One update of AdamW (Loshchilov and Hutter 2019) with a cosine, or none where `keep` is false.
 
-    The same numbers as optax.adamw. It is written out for the barrier: without it the compiler computes both moments
-    again for the parameters from the old ones, which it must copy for that, and the step is bound by memory.
+    The numbers are those of optax.clip_by_global_norm, whose `factor` it is, and optax.adamw in a chain. It is written
+    out for the barrier: without it the compiler computes both moments again for the parameters from the old ones,
+    which it must copy for that; and a step of a small network is bound by the memory that it moves.
     """
 
     def moved(rate, old, new):
         return _where(keep, jax.tree.map(lambda o, n: rate * o + (1 - rate) * n, old, new), old)
 
+    gradient = jax.tree.map(lambda slope: factor * slope, gradient)
     mu = moved(0.9, state.mu, gradient)
     nu = moved(0.999, state.nu, jax.tree.map(jnp.square, gradient))
     mu, nu = jax.lax.optimization_barrier((mu, nu))
@@ -1039,7 +1046,8 @@ def make_task(dataset: Dataset, tables: tuple[np.ndarray, ...], config: Config) 
     classes = len(dataset.classes)
     capacity = max(_fullest(table, dataset.frames) for table in tables)
     steps = int(np.median((tables[0] >= 0).any(-2).sum(-1)))
-    return Task(config, build_network(config.width, classes, config.precision), classes, capacity, steps)
+    network = build_network(config.width, classes, config.precision)
+    return Task(config, network, classes, capacity, steps, mix if config.mixup or config.sweep else unmixed)
 
 
 def padding_share(dataset: Dataset, table: np.ndarray, task: Task) -> float:

@@ -300,7 +300,7 @@ def pooled(sequences, query, spare=0):
     label = np.zeros(len(length), np.int32)
     dataset = train.Dataset(None, length, label, ("sad",), [], None, frames)
     data = train.device_data(dataset)
-    task = train.Task(None, None, 1, int(frames.count.sum()) + spare, 1)
+    task = train.Task(None, None, 1, int(frames.count.sum()) + spare, 1, train.unmixed)
     chosen = jnp.array([*range(len(length)), -1])
     member = train.Member(*[None] * 4, centre + 1, np.full_like(centre, 2), None, None)
     return np.asarray(train.pool({"query": jnp.asarray(query)}, member, train.fetch(task, data, chosen)))
@@ -702,6 +702,86 @@ def test_one_step_is_that_of_adamw_on_the_weighted_smoothed_loss(setting):
         clipped = np.asarray(slope) * config.clip / expected_norm
         adam = clipped / (np.abs(clipped) + 1e-8)  # its first step
         np.testing.assert_allclose(new, old - rate * (adam + 0.3 * np.asarray(old)), rtol=1e-3, atol=1e-5)
+
+
+def test_ten_updates_are_those_of_optax(setting):
+    jax, jnp, optax = setting.jax, setting.jax.numpy, train.optax
+    member = setting.of(setting.members, 0)
+    state = train.init_member(setting.task, setting.root, member)
+    reference = optax.chain(
+        optax.clip_by_global_norm(0.3),
+        optax.adamw(lambda n: 1e-3 * 0.5 * (1 + jnp.cos(jnp.pi * n / 10)), weight_decay=0.01),
+    )
+    params, memory = state.params, reference.init(state.params)
+    for step in range(10):
+        keys = jax.random.split(jax.random.key(step), 4)
+        gradient = jax.tree.unflatten(
+            jax.tree.structure(params),
+            [
+                jax.random.normal(key, leaf.shape) * 0.01
+                for key, leaf in zip(keys, jax.tree.leaves(params), strict=True)
+            ],
+        )
+        factor = jnp.minimum(1, 0.3 / optax.tree.norm(gradient))
+        state = train.adamw(member.setting, state, gradient, factor, jnp.bool_(True), step / 10)
+        updates, memory = reference.update(gradient, memory, params)
+        params = optax.apply_updates(params, updates)
+    setting.assert_equal(state.params, params, rtol=1e-5, atol=1e-6)
+
+
+def test_mixup_blends_rows_and_labels_alike_and_never_padding(setting):
+    jnp = setting.jax.numpy
+    x, target = jnp.eye(4), jnp.eye(4)
+    numbers = train.Setting(0, 0, 0, 8, 0, jnp.float32(0.4))
+    mixed, blended = train.mix(numbers, setting.root, jnp.array([1.0, 1.0, 1.0, 0.0]), x, target)
+    np.testing.assert_array_equal(mixed, blended)
+    np.testing.assert_array_equal(mixed[0], x[0])  # its partner is padding
+    assert 0 < mixed[1, 2] < 0.4
+    np.testing.assert_allclose(mixed.sum(1), 1, rtol=1e-6)
+
+
+def test_a_narrow_member_is_the_network_of_that_width(setting):
+    """Units that are not in use change nothing: neither the logits nor, by their gradient, any parameter in use."""
+    member = setting.of(setting.members, 0)
+    member = member._replace(setting=member.setting._replace(width=np.float32(5)))
+    state = train.init_member(setting.task, setting.root, member)
+    chosen = np.arange(6)
+    before = train.logits_of(setting.task, setting.data, member, state.params, chosen)
+    state.params["Dense_1"]["kernel"] = state.params["Dense_1"]["kernel"].at[5:].set(9.0)
+    np.testing.assert_array_equal(train.logits_of(setting.task, setting.data, member, state.params, chosen), before)
+
+
+def test_dropout_keeps_the_share_that_it_should_and_the_mean(setting):
+    gate = train.dropout_gate(
+        setting.task, setting.members.setting._replace(dropout=0.25, width=6), setting.root, 20_000
+    )
+    assert (np.asarray(gate)[:, 6:] == 0).all()
+    assert set(np.unique(np.asarray(gate)[:, :6]).tolist()) == {0.0, np.float32(4 / 3).item()}
+    assert np.asarray(gate)[:, :6].mean() == pytest.approx(1, abs=0.01)
+
+
+def test_a_sweep_lets_validation_choose_for_each_fold(setting, monkeypatch):
+    """One of two settings cannot learn; every fold takes the other one, and says so."""
+    monkeypatch.setattr(train, "SWEEP", {name: (1.0,) if name == "width" else (0.0,) for name in train.SWEEP})
+    monkeypatch.setitem(train.SWEEP, "learning_rate", (1e-9, 0.02))
+    config = dataclasses.replace(SMALL, sweep=True)
+    plan = train.make_plan(setting.dataset, config)
+    trained = train.train(setting.dataset, plan, ours(setting.dataset), config)
+    assert [choice["learning_rate"] for choice in trained.choices] == [pytest.approx(0.02)] * 4
+    assert {row["setting"] for row in trained.history} == {1, 2}
+    alone = dataclasses.replace(SMALL, learning_rate=0.02, weight_decay=0.0, dropout=0.0, label_smoothing=0.0)
+    expected = train.train(setting.dataset, plan, ours(setting.dataset), alone)
+    np.testing.assert_allclose(trained.logits, expected.logits, atol=1e-4)
+
+
+def test_bfloat16_products_leave_parameters_and_logits_float32(setting):
+    config = dataclasses.replace(SMALL, precision="bfloat16")
+    plan = train.make_plan(setting.dataset, config)
+    trained = train.train(setting.dataset, plan, ours(setting.dataset), config)
+    assert {leaf.dtype for leaf in setting.jax.tree.leaves(trained.params)} == {np.dtype(np.float32)}
+    exact = train.train(setting.dataset, plan, ours(setting.dataset), SMALL)
+    difference = np.abs(trained.logits - exact.logits).max()
+    assert 0 < difference < 0.5
 
 
 def test_dropout_is_drawn_anew_for_each_step_and_never_in_validation(setting):
