@@ -507,21 +507,26 @@ def join_hosts() -> None:
     and JAX_PROCESS_ID tell them. DIR and the options must be the same everywhere; process 0 writes.
     """
     named = {name: os.environ.get(f"JAX_{name.upper()}") for name in ("num_processes", "process_id")}
-    if all(named.values()) and os.environ.get("JAX_COORDINATOR_ADDRESS"):
-        try:
+    try:
+        if all(named.values()) and os.environ.get("JAX_COORDINATOR_ADDRESS"):
             jax.distributed.initialize(**{name: int(value) for name, value in named.items()})
-        except ValueError as error:
-            raise check_data.UsageError(f"JAX_NUM_PROCESSES or JAX_PROCESS_ID: {error}") from None
-    elif int(os.environ.get("SLURM_NTASKS", 1)) > 1 or int(os.environ.get("OMPI_COMM_WORLD_SIZE", 1)) > 1:
-        jax.distributed.initialize()
+        elif any(int(os.environ.get(name) or 1) > 1 for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")):
+            jax.distributed.initialize()
+    except (ValueError, IndexError, RuntimeError) as error:
+        raise check_data.UsageError(
+            "the other processes cannot be joined (JAX_COORDINATOR_ADDRESS as host:port, JAX_NUM_PROCESSES,"
+            f" JAX_PROCESS_ID, SLURM_* and OMPI_* tell of them): {error}"
+        ) from None
 
 
 def keep_compiled() -> None:
     """Keep compiled programs for the next run, in a folder of the user alone: who can write there can run code."""
     if os.environ.get("JAX_COMPILATION_CACHE_DIR") or os.name != "posix":
         return
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = base / "speech-emotion-trainer"
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    folder = Path(base) / "speech-emotion-trainer"
+    if not folder.is_absolute():  # nobody's home is known
+        return
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         state = folder.lstat()
@@ -683,7 +688,7 @@ def dropout_gate(task: Task, setting: Setting, key: Any, batch: int) -> Any:
     width = task.config.width
     words = jax.random.bits(key, (batch, -(-width // 4)))
     byte = jax.lax.bitcast_convert_type(words, jnp.uint8).reshape(batch, -1)[:, :width]
-    dropped = jnp.round(setting.dropout * 256)
+    dropped = jnp.minimum(jnp.round(setting.dropout * 256), 255)
     return jnp.where(byte >= dropped, 256 / (256 - dropped), 0) * units(task, setting)
 
 
@@ -799,7 +804,7 @@ def member_epoch(task: Task, root: Any, data: Data, epoch: Any, member: Member, 
         return member_step(task, member, state, batch, jax.random.fold_in(key, number), progress)
 
     state, measured = jax.lax.scan(step, state, (jnp.arange(steps), batches))
-    loss, norm = measured.mean(0)
+    loss, norm = measured.sum(0) / jnp.maximum((batches >= 0).any(1).sum(), 1)
     validation_loss, validation_ua = validate(task, data, member, state.params)
     return state, {
         "loss": loss,
@@ -899,7 +904,7 @@ def linear_parts(task: Task, data: Data, members: Member) -> tuple[Any, Any]:
         count = true.sum(0)
         centre = (true.T @ x) / jnp.maximum(count, 1)[:, None]  # (C, D)
         rest = jnp.where(used[:, None] > 0, x - true @ centre, 0)
-        spread = jnp.maximum(jnp.sqrt(jnp.square(rest).sum(0) / used.sum()), 1e-6)  # (D,)
+        spread = jnp.maximum(jnp.sqrt(jnp.square(rest).sum(0) / used.sum()), 0.03)  # (D,), of about 1
         rest, centre = rest / spread, centre / spread
         covariance = rest.T @ rest / used.sum()
         identity = jnp.eye(len(spread))
@@ -907,7 +912,11 @@ def linear_parts(task: Task, data: Data, members: Member) -> tuple[Any, Any]:
         def solve(shrinkage):
             shrunk = (1 - shrinkage) * covariance + shrinkage * jnp.trace(covariance) / len(spread) * identity
             kernel = jax.scipy.linalg.solve(shrunk, centre.T, assume_a="pos")
-            bias = jnp.where(count > 0, -0.5 * (centre * kernel.T).sum(1), jnp.log(1e-6))
+            bias = -0.5 * (centre * kernel.T).sum(1)
+            # A class that was not trained on gets the mean of the others, less a bit: it never beats the best of them.
+            seen = (count > 0) / (count > 0).sum()
+            kernel = jnp.where(count > 0, kernel, (kernel @ seen)[:, None])
+            bias = jnp.where(count > 0, bias, bias @ seen + jnp.log(1e-6))
             return kernel / spread[:, None], bias
 
         return jax.lax.map(solve, jnp.array(SHRINKAGES))
@@ -962,7 +971,7 @@ def place(mesh: Any, tree: Any, axis: str | None = None) -> Any:
 
 def fetched(tree: Any) -> Any:
     """Arrays of all devices and hosts, as numpy."""
-    if jax.process_count() == 1:
+    if all(leaf.is_fully_addressable for leaf in jax.tree.leaves(tree)):
         return jax.device_get(tree)
     from jax.experimental import multihost_utils
 
@@ -1192,17 +1201,17 @@ def choose_blend(hidden: np.ndarray, linear: np.ndarray, heard: list[np.ndarray]
         Shape (N,).
     """
 
-    def best(logits):
+    def best(logits, weights):
         losses = [
             np.mean([stats.balanced_cross_entropy(weight * own[k], label[k]) for own, k in zip(logits, heard)])
-            for weight in WEIGHTS
+            for weight in weights
         ]
-        return min(losses), WEIGHTS[int(np.argmin(losses))]
+        return min(losses), weights[int(np.argmin(losses))]
 
-    found = [best(linear[:, number]) for number in range(len(SHRINKAGES))]
+    found = [best(linear[:, number], (0.0, *WEIGHTS)) for number in range(len(SHRINKAGES))]
     shrinkage = min(range(len(found)), key=lambda number: found[number][0])
-    a, b = best(hidden)[1], found[shrinkage][1]
-    both = best(a * hidden + b * linear[:, shrinkage])[1]
+    a, b = best(hidden, (0.0, *WEIGHTS))[1], found[shrinkage][1]
+    both = best(a * hidden + b * linear[:, shrinkage], WEIGHTS)[1]
     return Blend(shrinkage, both * a, both * b)
 
 
@@ -1586,10 +1595,10 @@ def _refuse_foreign(run: Path, directory: Path) -> None:
 def _scan_train_report(config: Config, run: Path, held: logging.handlers.MemoryHandler) -> str:
     started = time.perf_counter()
     device = start_jax()
-    log.info(f"device: {device}")
     leads = jax.process_index() == 0
     if not leads:
         log.setLevel(logging.WARNING)
+    log.info(f"device: {device}")
     if not config.no_compile_cache:
         keep_compiled()
     given = {
@@ -1657,7 +1666,7 @@ def load_model(run: Path) -> Model:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise check_data.UsageError(f"{name} holds no finished model: {error}") from None
     kernel = arrays.get("params/Dense_0/kernel", np.zeros(0))
-    seeds, width = kernel.shape[0], kernel.shape[-1]
+    seeds, width = (kernel.shape[0], kernel.shape[-1]) if kernel.ndim else (0, 0)
     wanted = {
         "params/Dense_0/kernel": (seeds, dim if mean_pooling else 2 * dim, width),
         "params/Dense_0/bias": (seeds, width),
@@ -1712,6 +1721,8 @@ def run_prediction(config: Config) -> int:
         raise check_data.UsageError(f"no file can be used; the model wants features {model.dim} wide")
     probability = stats.probabilities(model_logits(model, scan.features, config).mean(0))
     rows = [{"file": record.file} | _predicted(model.classes, row) for record, row in zip(scan.records, probability)]
+    if jax.process_index() > 0:
+        return 1 if scan.findings else 0
     out.mkdir(parents=True, exist_ok=True)
     stats.write_files(out, {"predictions.csv": stats.csv_bytes(rows)})
     counts = ", ".join(f"{name} {(probability.argmax(1) == index).sum()}" for index, name in enumerate(model.classes))

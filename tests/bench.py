@@ -490,7 +490,7 @@ def fit_torch(model: Any, logits: Callable, data: Features, split: Split, recipe
     """
     import torch
 
-    label, parts = torch.tensor(data.label), Split(*map(torch.tensor, split))
+    label, parts = torch.tensor(data.label).long(), Split(*map(torch.tensor, split))
     optimizer = torch.optim.Adam(model.parameters(), lr=recipe.rate)
 
     def predict(part: Any) -> np.ndarray:
@@ -595,6 +595,7 @@ def bench_accuracy(options: argparse.Namespace) -> None:
             predicted = np.zeros_like(data.label)
             cost = timed(functools.partial(predict_folds, method, data, plan, config.seeds, predicted))
             rows.append(score_row(name, scored(data, speaker, predicted), cost))
+            print(*rows[-1], sep="  ", file=sys.stderr, flush=True)
     with tempfile.TemporaryDirectory() as place:
         linked = link_set(options.accuracy, Path(place) / "data")
         cost = child(ROOT / "train.py", linked, "--folds", options.folds, "--out", f"{place}/run")

@@ -404,6 +404,31 @@ def test_the_linear_part_is_shrunken_discriminant_analysis(setting):
             np.testing.assert_allclose(b, -0.5 * (centre * expected.T).sum(1), rtol=1e-2, atol=1e-2)
 
 
+def test_a_class_that_was_not_trained_on_never_wins_the_linear_part(setting):
+    label = setting.dataset.label
+    train_without = np.where(label[setting.members.train] == 7, -1, setting.members.train)
+    members = setting.members._replace(train=train_without)
+    kernel, bias = setting.jax.jit(lambda: train.linear_parts(setting.task, setting.data, members))()
+    for member in (0, 5):
+        x = (setting.dataset.x - members.mean[member]) / members.scale[member]
+        assert not np.any((x @ kernel[member, 0] + bias[member, 0]).argmax(1) == 7)
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {"SLURM_NTASKS": "4(x2)"},
+        {"JAX_COORDINATOR_ADDRESS": "nohost", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "0"},
+        {"JAX_COORDINATOR_ADDRESS": "h:1", "JAX_NUM_PROCESSES": "two", "JAX_PROCESS_ID": "0"},
+    ],
+)
+def test_a_wrong_word_about_other_processes_is_one_line(jax_stack, monkeypatch, environment):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(check_data.UsageError, match="cannot be joined"):
+        train.join_hosts()
+
+
 def test_the_blend_is_chosen_by_the_validation_speakers_alone():
     rng = np.random.default_rng(0)
     label = rng.integers(0, 4, 200)
