@@ -172,8 +172,9 @@ def pack(scan: check_data.Scan, pooling: str = "attentive") -> Dataset:
     sequences, scan.features = scan.features, []
     length = np.array([len(sequence) for sequence in sequences])
     moments = stats.Moments.stack([stats.Moments.of(sequence) for sequence in sequences])
-    centre = moments.merged().mean.astype(np.float32)
-    frames = Frames.of(sequences, centre) if pooling != "mean" and length.max() > 1 else None
+    frames = None
+    if pooling != "mean" and length.max() > 1:
+        frames = Frames.of(sequences, moments.merged().mean.astype(np.float32))
     length = length if frames else np.ones_like(length)
     utterances = [record.utterance for record in scan.records]
     return Dataset(moments.mean.astype(np.float32), length, label, classes, utterances, moments, frames)
@@ -482,9 +483,8 @@ def start_jax() -> str:
     import optax
 
     if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-        jax.config.update(
-            "jax_num_cpu_devices", _cores()
-        )  # the population is shared among devices: see population_mesh
+        # The population is shared among devices: see population_mesh.
+        jax.config.update("jax_num_cpu_devices", _cores())
     join_hosts()
     with _Complaints() as complaints:
         try:
@@ -564,6 +564,10 @@ class Setting(NamedTuple):
     label_smoothing: Any
     mixup: Any
 
+    @classmethod
+    def of(cls, config: Config) -> "Setting":
+        return cls(*(getattr(config, name) for name in cls._fields))
+
 
 class Member(NamedTuple):
     """What one model of the population trains on; stacked along P for the program.
@@ -637,7 +641,7 @@ def attentive_statistics(bag: Bag, member: Member, query: Any) -> Any:
     """Weighted mean and deviation over the normalised frames of each utterance, (B, 2 D).
 
     The weights are a softmax over frames of their product with `query`, (D,), as in Okabe, Koshinaka and Shinoda 2018
-    with a linear score; a query of zeros makes them all alike. An utterance without frames gives zeros. Frames are
+    with a linear score; a query of zeros makes them all alike. Padding, which has no frames, stays finite. Frames are
     never normalised one by one: the step is bound by the memory that they move.
     """
     score, owner = bag.frames @ (query / member.scale), bag.owner.astype(jnp.float32)
@@ -663,11 +667,12 @@ def fetch(task: Task, data: Data, chosen: Any) -> Any:
     count = jnp.where(chosen >= 0, data.count[chosen], 0)
     end, place = jnp.cumsum(count), jnp.arange(task.capacity)
     owner = (place < end[:, None]) & (place >= (end - count)[:, None])  # (B, G)
+    taken = owner.any(0)  # (G,)
     whose = owner.argmax(0)  # (G,)
     nth = place - (end - count)[whose]
     frame = nth[:, None] * data.chunks.shape[1] + jnp.arange(data.chunks.shape[1])
-    real = owner.any(0)[:, None] & (frame < data.length[chosen[whose]][:, None])
-    frames = data.chunks[jnp.where(owner.any(0), data.first[chosen[whose]] + nth, 0)]
+    real = taken[:, None] & (frame < data.length[chosen[whose]][:, None])
+    frames = data.chunks[jnp.where(taken, data.first[chosen[whose]] + nth, 0)]
     return Bag(frames, data.centre, real, owner)
 
 
@@ -684,7 +689,7 @@ def units(task: Task, setting: Setting) -> Any:
 
 
 def dropout_gate(task: Task, setting: Setting, key: Any, batch: int) -> Any:
-    """Which hidden units count, and how much, (B, W); one random byte for each: they cost more than the products."""
+    """Which hidden units count, and how much, (B, W); one random byte for each: words took as long as a product."""
     width = task.config.width
     words = jax.random.bits(key, (batch, -(-width // 4)))
     byte = jax.lax.bitcast_convert_type(words, jnp.uint8).reshape(batch, -1)[:, :width]
@@ -777,11 +782,12 @@ def adamw(setting: Setting, state: State, gradient: Any, factor: Any, keep: Any,
 
 def _where(condition: Any, new: Any, old: Any) -> Any:
     """Choose between two trees; `condition` has the leading axes of every leaf."""
+    return jax.tree.map(lambda a, b: jnp.where(_stretched(condition, a), a, b), new, old)
 
-    def choose(a, b):
-        return jnp.where(condition.reshape(condition.shape + (1,) * (a.ndim - condition.ndim)), a, b)
 
-    return jax.tree.map(choose, new, old)
+def _stretched(values: Any, leaf: Any) -> Any:
+    """Give `values`, which have the leading axes of a leaf, as many axes as it has."""
+    return values.reshape(values.shape + (1,) * (leaf.ndim - values.ndim))
 
 
 def member_epoch(task: Task, root: Any, data: Data, epoch: Any, member: Member, state: State) -> tuple[State, dict]:
@@ -1018,7 +1024,7 @@ def stack_members(dataset: Dataset, plan: Plan, stored: stats.Stored, config: Co
         _tables(plan.validation, dataset, batch),
         *member_statistics(dataset, plan, stored),
         class_weights(dataset.label, plan.train, len(dataset.classes)),
-        stack_setting(Setting(*(getattr(config, name) for name in Setting._fields)), members),
+        stack_setting(Setting.of(config), members),
     )
     padded = jax.tree.map(lambda leaf: np.concatenate([leaf, leaf[-1:].repeat(rows - members, 0)]), member)
     padded.fold[members:] = -1
@@ -1031,9 +1037,8 @@ def stack_setting(setting: Setting, rows: int) -> Setting:
 
 def sweep_settings(config: Config) -> list[Setting]:
     """The settings to try: the config's own, or all combinations of the grid."""
-    own = Setting(*(getattr(config, name) for name in Setting._fields))
     if not config.sweep:
-        return [own]
+        return [Setting.of(config)]
     grid = [Setting(*values) for values in itertools.product(*(SWEEP[name] for name in Setting._fields))]
     return [setting._replace(width=max(1, round(config.width * setting.width))) for setting in grid]
 
@@ -1225,11 +1230,11 @@ def add_linear(
     """
     seeds = len(logits) // (plan.folds + 1)
     usable = np.isfinite(linear[0]).all((2, 3)) & np.isfinite(linear[1]).all(2)  # no class may vary in a small set
-    kernel, bias = np.where(usable[..., None, None], linear[0], 0), np.where(usable[..., None], linear[1], 0)
+    kernel, bias = (np.where(_stretched(usable, part), part, 0) for part in linear)
     blends, sums = [], []
     for fold in range(plan.folds + 1):
         own = range(fold * seeds, (fold + 1) * seeds)
-        parts = np.stack([_linear_of(members, dataset.x, m, kernel[m], bias[m]) for m in own])
+        parts = np.stack([linear_logits(dataset.x, members.mean[m], members.scale[m], kernel[m], bias[m]) for m in own])
         heard = [np.flatnonzero(plan.validation[member]) for member in own]
         blends.append(choose_blend(logits[own.start : own.stop], parts, heard, dataset.label))
         _, a, b = blends[-1]
@@ -1237,24 +1242,21 @@ def add_linear(
     chosen, hidden, weight = (np.repeat(values, seeds) for values in zip(*blends))
     every = np.arange(len(logits))
     scaled = {
-        "Dense_1": jax.tree.map(lambda leaf: leaf * _column(hidden, leaf), params["Dense_1"]),
+        "Dense_1": jax.tree.map(lambda leaf: leaf * _stretched(hidden, leaf), params["Dense_1"]),
         "linear": {
-            "kernel": kernel[every, chosen] * _column(weight, kernel[every, chosen]),
-            "bias": bias[every, chosen] * _column(weight, bias[every, chosen]),
+            "kernel": kernel[every, chosen] * _stretched(weight, kernel[every, chosen]),
+            "bias": bias[every, chosen] * _stretched(weight, bias[every, chosen]),
         },
     }
     told = [blend._asdict() | {"shrinkage": SHRINKAGES[blend.shrinkage]} for blend in blends]
     return params | jax.tree.map(np.float32, scaled), np.concatenate(sums), told
 
 
-def _linear_of(members: Member, x: np.ndarray, member: int, kernel: np.ndarray, bias: np.ndarray) -> np.ndarray:
-    """Logits of one member's linear parts, (shrinkages, N, C)."""
-    normalised = (x - members.mean[member]) / members.scale[member]
-    return (normalised @ kernel + bias[:, None]).astype(np.float64)
-
-
-def _column(values: np.ndarray, leaf: np.ndarray) -> np.ndarray:
-    return values.reshape(-1, *[1] * (leaf.ndim - 1))
+def linear_logits(
+    x: np.ndarray, mean: np.ndarray, scale: np.ndarray, kernel: np.ndarray, bias: np.ndarray
+) -> np.ndarray:
+    """Logits of several linear parts on the same features: x (N, D), kernel (..., D, C), bias (..., C): (..., N, C)."""
+    return ((x - mean) / scale @ kernel + bias[..., None, :]).astype(np.float64)
 
 
 def _member_name(member: int, folds: int, seeds: int) -> str:
@@ -1700,7 +1702,7 @@ def model_logits(model: Model, sequences: list[np.ndarray], config: Config) -> n
     data = place(mesh, device_data(dataset))
     logits = compute_logits(task, mesh, data, table, place(mesh, members, "population"), params)
     linear = model.params["linear"]
-    return logits + (x - model.statistics[0]) / model.statistics[1] @ linear["kernel"] + linear["bias"][:, None]
+    return logits + linear_logits(x, *model.statistics, linear["kernel"], linear["bias"])
 
 
 def run_prediction(config: Config) -> int:

@@ -105,6 +105,16 @@ def test_no_statistics(tmp_path):
     assert stats.load(tmp_path) is None
 
 
+def assert_old_new_or_none(folder, old, new):
+    """After a save that was cut off: one of the two pairs, whole, or none; never a mixture or the user's."""
+    stored = stats.load(folder)
+    if stored is not None:
+        assert not stored.supplied
+        expected = {"old": old, "new": new}[stored.fingerprint]
+        np.testing.assert_array_equal(stored.statistics.mean, expected.mean)
+        np.testing.assert_array_equal(stored.statistics.std, expected.std)
+
+
 @pytest.mark.parametrize("calls", range(1, 9))
 def test_saving_that_is_cut_off_leaves_old_new_or_nothing_but_never_a_users_pair(tmp_path, monkeypatch, calls):
     """Every fsync and every rename of `save` fails in turn, over an older pair."""
@@ -127,12 +137,7 @@ def test_saving_that_is_cut_off_leaves_old_new_or_nothing_but_never_a_users_pair
         patch.setattr(os, "fsync", dying(os.fsync))
         with pytest.raises(OSError, match="No space"):
             stats.save(tmp_path, new, "new")
-    stored = stats.load(tmp_path)
-    if stored is not None:
-        assert not stored.supplied
-        expected = {"old": old, "new": new}[stored.fingerprint]
-        np.testing.assert_array_equal(stored.statistics.mean, expected.mean)
-        np.testing.assert_array_equal(stored.statistics.std, expected.std)
+    assert_old_new_or_none(tmp_path, old, new)
     assert not [path for path in tmp_path.iterdir() if path.name.endswith(".tmp")]
 
 
@@ -177,12 +182,7 @@ def test_a_kill_at_any_call_leaves_old_new_or_nothing_and_the_next_save_cleans_u
                 break
             except Killed:
                 pass
-        stored = stats.load(folder)
-        if stored is not None:
-            assert not stored.supplied
-            expected = {"old": old, "new": new}[stored.fingerprint]
-            np.testing.assert_array_equal(stored.statistics.mean, expected.mean)
-            np.testing.assert_array_equal(stored.statistics.std, expected.std)
+        assert_old_new_or_none(folder, old, new)
         stats.save(folder, new, "new")
         assert len(list(folder.iterdir())) == 3
     assert number > 14  # the last one went through

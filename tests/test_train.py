@@ -698,8 +698,7 @@ def test_one_step_is_that_of_adamw_on_the_weighted_smoothed_loss(setting):
     config = dataclasses.replace(SMALL, dropout=0.0, clip=0.05, weight_decay=0.3, learning_rate=0.02)
     task = setting.task._replace(config=config)
     member = setting.of(setting.members, 0)
-    numbers = {name: getattr(config, name) for name in train.Setting._fields}
-    member = member._replace(setting=train.Setting(**numbers))
+    member = member._replace(setting=train.Setting.of(config))
     state = train.init_member(task, setting.root, member)
     x, label = setting.dataset.x[:20], setting.dataset.label[:20]
     weight = member.class_weight[label] * (np.arange(20) < 17)
