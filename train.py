@@ -568,6 +568,10 @@ class Setting(NamedTuple):
     def of(cls, config: Config) -> "Setting":
         return cls(*(getattr(config, name) for name in cls._fields))
 
+    @classmethod
+    def stack(cls, settings: list["Setting"]) -> "Setting":
+        return cls(*(np.array(values, np.float32) for values in zip(*settings)))
+
 
 class Member(NamedTuple):
     """What one model of the population trains on; stacked along P for the program.
@@ -940,7 +944,7 @@ class TrainingError(Exception):
 class Trained(NamedTuple):
     """The outcome: best parameters stacked along P, logits (K + 1, N, C) averaged over seeds, and the history.
 
-    `choices` says for each fold what its validation speakers chose.
+    `choices` says for each fold what its validation speakers chose, `sweep` for each setting how it fared with them.
     """
 
     params: Any
@@ -949,6 +953,7 @@ class Trained(NamedTuple):
     skipped: np.ndarray
     history: list[dict]
     choices: list[dict]
+    sweep: list[dict]
 
 
 def population_mesh(members: int) -> Any:
@@ -1024,15 +1029,11 @@ def stack_members(dataset: Dataset, plan: Plan, stored: stats.Stored, config: Co
         _tables(plan.validation, dataset, batch),
         *member_statistics(dataset, plan, stored),
         class_weights(dataset.label, plan.train, len(dataset.classes)),
-        stack_setting(Setting.of(config), members),
+        Setting.stack([Setting.of(config)] * members),
     )
     padded = jax.tree.map(lambda leaf: np.concatenate([leaf, leaf[-1:].repeat(rows - members, 0)]), member)
     padded.fold[members:] = -1
     return padded
-
-
-def stack_setting(setting: Setting, rows: int) -> Setting:
-    return Setting(*(np.full(rows, value, np.float32) for value in setting))
 
 
 def sweep_settings(config: Config) -> list[Setting]:
@@ -1078,7 +1079,7 @@ class Outcome(NamedTuple):
     loss: np.ndarray
     best_epoch: np.ndarray
     skipped: np.ndarray
-    setting: Setting
+    setting: np.ndarray  # number of the setting
 
     def better(self, other: "Outcome") -> "Outcome":
         """Of each member, the outcome with the smaller validation loss; the members of a fold have the same."""
@@ -1117,8 +1118,13 @@ def train(dataset: Dataset, plan: Plan, stored: stats.Stored, config: Config) ->
         padding = padding_share(dataset, members.train, task)
         log.info(f"sequences: {padding:.1%} of the frames that are computed are padding")
     own = place(mesh, members, "population")
-    outcome, history = train_population(task, mesh, data, own, plan.folds)
-    units_in_use = np.arange(config.width) < outcome.setting.width[:, None]
+    outcome, losses, history = train_population(task, mesh, data, own, plan.folds)
+    if not np.isfinite(outcome.loss[:size]).all():
+        raise TrainingError("no epoch of a fold had a finite validation loss; look at the features with check_data.py")
+    settings = sweep_settings(config)
+    setting = Setting.stack([settings[number] for number in outcome.setting])
+    own = own._replace(setting=place(mesh, setting, "population"))
+    units_in_use = np.arange(config.width) < setting.width[:, None]
     outcome.params["Dense_1"]["kernel"] = outcome.params["Dense_1"]["kernel"] * units_in_use[..., None]
     logits = compute_logits(task, mesh, data, everything, own, outcome.params)[:size]
     solve = jax.jit(over_population(mesh, functools.partial(linear_parts, task), 1))
@@ -1126,31 +1132,54 @@ def train(dataset: Dataset, plan: Plan, stored: stats.Stored, config: Config) ->
     params = jax.tree.map(lambda leaf: leaf[:size], outcome.params)
     params, logits, choices = add_linear(dataset, plan, members, params, logits, linear)
     logits = logits.reshape(plan.folds + 1, config.seeds, *logits.shape[1:]).mean(1)
+    sweep = []
     if config.sweep:
-        for fold, choice in enumerate(choices):
-            choice |= {name: float(values[fold * config.seeds]) for name, values in outcome.setting._asdict().items()}
-    return Trained(params, logits, outcome.best_epoch[:size], outcome.skipped[:size], history, choices)
+        chosen = outcome.setting[:size][:: config.seeds]  # of each fold: its seeds choose together
+        sweep = sweep_table(settings, losses[:, :size][:, :: config.seeds], chosen)
+        for choice, number in zip(choices, chosen):
+            choice |= settings[number]._asdict()
+    return Trained(params, logits, outcome.best_epoch[:size], outcome.skipped[:size], history, choices, sweep)
 
 
-def train_population(task: Task, mesh: Any, data: Data, members: Member, folds: int) -> tuple[Outcome, list[dict]]:
-    """Train the population with every setting of the sweep; each fold keeps what its validation likes best."""
+def sweep_table(settings: list[Setting], losses: np.ndarray, chosen: np.ndarray) -> list[dict]:
+    """A row for each setting, the best first: its mean validation loss, and how many of the folds chose it.
+
+    `losses` has shape (settings, K + 1) and `chosen` (K + 1,); the final model, which is the last, does not count.
+    """
+    rows = [
+        setting._asdict() | {"validation_loss": float(loss[:-1].mean()), "folds": int((chosen[:-1] == number).sum())}
+        for number, (setting, loss) in enumerate(zip(settings, losses))
+    ]
+    return sorted(rows, key=lambda row: row["validation_loss"])
+
+
+def train_population(
+    task: Task, mesh: Any, data: Data, members: Member, folds: int
+) -> tuple[Outcome, np.ndarray, list[dict]]:
+    """Train the population with every setting of the sweep, one after the other by the same compiled program.
+
+    Returns
+    -------
+    outcome, losses, history
+        The best outcome of each fold, the validation losses, shape (settings, P), and the rows of history.csv.
+    """
     config, rows = task.config, len(members.fold)
     init = jax.jit(over_population(mesh, jax.vmap(functools.partial(init_member, task), (None, 0)), 1))
     program = jax.jit(functools.partial(population_epochs, task, mesh), donate_argnums=4)
-    settings, history, best = sweep_settings(config), [], None
+    settings, history, losses, best = sweep_settings(config), [], [], None
     for number, setting in enumerate(settings):
-        members = members._replace(setting=place(mesh, stack_setting(setting, rows), "population"))
+        members = members._replace(setting=place(mesh, Setting.stack([setting] * rows), "population"))
         if config.sweep:
             told = ", ".join(f"{name} {value:g}" for name, value in setting._asdict().items())
             log.info(f"setting {number + 1} of {len(settings)}: {told}")
         state = init(jax.random.key(config.seed), members)
         state, trained = _train_setting(program, config, data, members, state, folds)
-        outcome = Outcome(*fetched((state.best, state.best_loss, state.best_epoch, state.skipped, members.setting)))
+        found = fetched((state.best, state.best_loss, state.best_epoch, state.skipped))
+        outcome = Outcome(*found, np.full(rows, number))
+        best = best.better(outcome) if best else outcome
+        losses.append(outcome.loss)
         history += [{"setting": number + 1} | row if config.sweep else row for row in trained]
-        best = outcome if best is None else best.better(outcome)
-    if not np.isfinite(best.loss[: (folds + 1) * config.seeds]).all():
-        raise TrainingError("no epoch of a fold had a finite validation loss; look at the features with check_data.py")
-    return best, history
+    return best, np.stack(losses), history
 
 
 def _train_setting(
@@ -1467,6 +1496,8 @@ def report(metrics: dict, run: Path) -> str:
         chance = f"   chance {metrics['chance_ua']:.4f}" if name == "ua" else ""
         say(f"  {title:<17} {metrics[name]:.4f}   95 % interval {low:.4f} to {high:.4f}{chance}")
     console.print(_confusion_table(metrics))
+    if "sweep" in metrics:
+        console.print(_sweep_table(metrics["sweep"]))
     for title, text in _closing_lines(metrics):
         say(f"  {title:<17} {text}")
     say(f"  {'results':<17} {check_data.printable(str(run))}")
@@ -1488,6 +1519,17 @@ def _closing_lines(metrics: dict) -> Iterator[tuple[str, str]]:
     yield "device", metrics["device"]
     yield "versions", ", ".join(f"{name} {version}" for name, version in metrics["versions"].items())
     yield "seconds", f"{metrics['seconds']:.1f}"
+
+
+def _sweep_table(sweep: list[dict], shown: int = 10) -> Table:
+    """The settings with the best mean validation loss, and how many folds chose each."""
+    title = f"settings by mean validation loss, {min(shown, len(sweep))} of {len(sweep)}; metrics.json has all"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for name in sweep[0]:
+        table.add_column(name.replace("_", " "), justify="right")
+    for row in sweep[:shown]:
+        table.add_row(*(f"{value:.4f}" if name == "validation_loss" else f"{value:g}" for name, value in row.items()))
+    return table
 
 
 def _confusion_table(metrics: dict) -> Table:
@@ -1626,6 +1668,7 @@ def _scan_train_report(config: Config, run: Path, held: logging.handlers.MemoryH
         held.capacity = 0  # from now on each line at once
     trained = train(dataset, plan, stored, config)
     metrics, probability = evaluate(dataset, plan, trained, stored.supplied, config)
+    metrics |= {"sweep": trained.sweep} if trained.sweep else {}
     metrics |= {"left_out": scan.left_out(), "device": device, "versions": _versions()}
     metrics |= {"seconds": round(time.perf_counter() - started, 1)}
     if not leads:
@@ -1695,7 +1738,7 @@ def model_logits(model: Model, sequences: list[np.ndarray], config: Config) -> n
     table = _tables(np.ones((1, len(x)), bool), dataset, min(config.batch, len(x)))[0]
     task = make_task(dataset, (table,), config)
     mean, scale = (np.stack([array] * seeds) for array in model.statistics)
-    nothing, setting = np.zeros(seeds, np.int32), stack_setting(Setting(0, 0, 0, width, 0, 0), seeds)
+    nothing, setting = np.zeros(seeds, np.int32), Setting.stack([Setting(0, 0, 0, width, 0, 0)] * seeds)
     members = Member(nothing, nothing, nothing, nothing, mean, scale, nothing, setting)
     params = {name: value for name, value in model.params.items() if name != "linear"}
     mesh = jax.sharding.Mesh(np.array(jax.local_devices()[:1]), ("population",))

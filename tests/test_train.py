@@ -791,6 +791,8 @@ def test_a_sweep_lets_validation_choose_for_each_fold(setting, monkeypatch):
     trained = train.train(setting.dataset, plan, ours(setting.dataset), config)
     assert [choice["learning_rate"] for choice in trained.choices] == [pytest.approx(0.02)] * 4
     assert {row["setting"] for row in trained.history} == {1, 2}
+    assert [(row["learning_rate"], row["folds"]) for row in trained.sweep] == [(0.02, 3), (1e-9, 0)]
+    assert trained.sweep[0]["validation_loss"] < trained.sweep[1]["validation_loss"]
     alone = dataclasses.replace(SMALL, learning_rate=0.02, weight_decay=0.0, dropout=0.0, label_smoothing=0.0)
     expected = train.train(setting.dataset, plan, ours(setting.dataset), alone)
     np.testing.assert_allclose(trained.logits, expected.logits, atol=1e-4)
@@ -838,7 +840,7 @@ def test_metrics_of_predictions_made_by_hand(sample):
     plan = train.make_plan(dataset, SMALL)
     logits = np.random.default_rng(0).normal(size=(plan.folds + 1, len(dataset.label), 8))
     best = np.repeat([3, 1, 2, 0], SMALL.seeds)
-    trained = train.Trained(None, logits, best, np.arange(8), [], [{}] * 4)
+    trained = train.Trained(None, logits, best, np.arange(8), [], [{}] * 4, [])
     metrics, probability = train.evaluate(dataset, plan, trained, False, SMALL)
     predicted = np.array([logits[fold, n].argmax() for n, fold in enumerate(plan.fold)])
     np.testing.assert_array_equal(probability.argmax(1), predicted)
