@@ -747,6 +747,25 @@ def _misfits(result: Scan) -> dict[str, tuple[str, str]]:
 # --- the scan ---
 
 
+class _Shelf:
+    """Copies of arrays, side by side in blocks that go back to the system with the last array that lies on them.
+
+    Each on its own, arrays of a few hundred kB would lie between the small objects of the scan, and their memory
+    would stay with the process when they are given up.
+    """
+
+    def __init__(self):
+        self._block, self._used = np.empty(0, np.float32), 0
+
+    def keep(self, array: np.ndarray) -> np.ndarray:
+        if self._used + array.size > self._block.size:
+            self._block, self._used = np.empty(max(array.size, 1 << 24), np.float32), 0
+        kept = self._block[self._used : self._used + array.size].reshape(array.shape)
+        self._used += array.size
+        kept[...] = array
+        return kept
+
+
 def scan(
     options: ScanOptions,
     *,
@@ -785,7 +804,7 @@ def scan(
     named = (
         _named(files, options) if labelled else (Named(emotions.Utterance(file, "", "", None), "") for file in files)
     )
-    wanted, place = _Wanted(options), str(result.directory)
+    wanted, place, shelf = _Wanted(options), str(result.directory), _Shelf()
     moments: dict[int, stats.RunningMoments] = collections.defaultdict(stats.RunningMoments)
     for number, (file, name) in enumerate(zip(files, named), 1):
         try:
@@ -810,7 +829,7 @@ def scan(
         result.leading += len(read.stored_shape) > len(shape)
         moments[shape[-1]].add(read.array.reshape(-1, shape[-1]))
         if keep_features:
-            result.features.append(read.array)
+            result.features.append(shelf.keep(read.array))
     if labelled:
         wanted.check()
     _settle(result, options, moments, labelled, cut_vectors)

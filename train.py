@@ -138,11 +138,18 @@ class Frames(NamedTuple):
         size = max(1, round(length.mean() / CHUNKS_A_SEQUENCE))
         count = -(-length // size)
         first = np.cumsum(count) - count
-        chunks = np.zeros((count.sum(), size, sequences[0].shape[1]), np.float32)
+        chunks = _aligned_zeros((int(count.sum()), size, sequences[0].shape[1]))
         rows = chunks.reshape(-1, chunks.shape[2])
         for place in range(len(sequences) - 1, -1, -1):
             np.subtract(sequences.pop(), centre, out=rows[first[place] * size :][: length[place]])
         return cls(chunks, centre, first, count)
+
+
+def _aligned_zeros(shape: tuple[int, ...]) -> np.ndarray:
+    """Zeros where the devices of a CPU can use them in place; from any other address each would copy them."""
+    block = np.zeros(math.prod(shape) + 16, np.float32)
+    start = -block.ctypes.data % 64 // block.itemsize
+    return block[start : start + math.prod(shape)].reshape(shape)
 
 
 class Dataset(NamedTuple):

@@ -7,6 +7,7 @@ import socket
 import struct
 import subprocess
 import sys
+import weakref
 import zipfile
 from pathlib import Path
 
@@ -377,6 +378,21 @@ def test_no_mutant_breaks_the_reader(tmp_path):
             accepted += 1
             assert any(np.array_equal(array, good) for good in wanted)
     assert accepted < count / 10
+
+
+def test_features_that_are_kept_share_blocks_that_end_with_them(tmp_path):
+    for actor in range(1, 7):
+        write(
+            tmp_path / f"ravdess_03-01-05-01-01-01-{actor:02d}.npz",
+            emb=np.random.default_rng(actor).normal(size=(9, 8)),
+        )
+    features = scan(tmp_path, keep_features=True).features
+    assert len({id(array.base) for array in features}) == 1
+    block = weakref.ref(features[0].base)
+    del features[0]
+    assert block() is not None
+    features.clear()
+    assert block() is None
 
 
 def test_bytes_before_and_after_the_archive_are_refused(tmp_path):

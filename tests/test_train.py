@@ -350,6 +350,14 @@ def test_long_and_short_sequences_together_cost_little_padding(jax_stack):
     assert 0 < train.padding_share(dataset, members.train, task) < 0.15
 
 
+def test_the_devices_of_a_cpu_share_one_copy_of_the_frames(jax_stack):
+    frames = train.Frames.of(sequences_of([30, 3, 17, 40]), np.zeros(6, np.float32))
+    dataset = many_speakers(1, 3)._replace(length=np.array([30, 3, 17, 40]), frames=frames)
+    mesh = jax_stack.sharding.Mesh(np.array(jax_stack.devices("cpu")), ("population",))
+    shards = train.place(mesh, train.device_data(dataset)).chunks.addressable_shards
+    assert [shard.data.unsafe_buffer_pointer() for shard in shards] == [frames.chunks.ctypes.data] * mesh.size
+
+
 def write_sequences(folder, seed=0):
     """Frames that tell the emotion only here and there, so that pooling has something to find."""
     rng = np.random.default_rng(seed)
