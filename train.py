@@ -47,8 +47,9 @@ log = logging.getLogger("train")
 
 EPOCHS_A_CALL = 4  # the host looks at the figures, prints and decides between calls
 CHUNKS_A_SEQUENCE = 8  # frames are stored in chunks so long that a sequence of average length has as many
-SHRINKAGES = (0.1, 0.3, 0.5)  # of the covariance behind the linear part
+SHRINKAGES = (0.01, 0.03, 0.1, 0.2, 0.3, 0.5, 0.8)  # of the covariance behind the linear part
 WEIGHTS = tuple(0.02 * 1.25**step for step in range(24))  # of logits, to choose from: 0.02 to 3.4
+TRUST = 4  # power of the validation loss by which the hidden layer and the linear part weigh against each other
 STEPS_AN_EPOCH = 16  # at least, for sets so small that whole batches would leave too few updates
 BAD_STEPS_END = 5  # steps in a row with a loss or gradient that is not finite
 
@@ -1229,8 +1230,9 @@ def choose_blend(hidden: np.ndarray, linear: np.ndarray, heard: list[np.ndarray]
     """Weigh the two parts by the validation utterances of the seeds of a fold.
 
     Each part gets the weight at which it alone is as sure of itself as it may be, so that one that knows nothing
-    weighs nothing; then the sum does. The best weights of the two together would be those of one seed, and the seeds
-    differ more in the hidden layer, which gains more from their mean.
+    weighs nothing, and weighs the more the smaller its loss is; then the sum gets its weight. The best weights of the
+    two together would be those of one seed, and the seeds differ more in the hidden layer, which gains more from
+    their mean.
 
     Parameters
     ----------
@@ -1251,7 +1253,9 @@ def choose_blend(hidden: np.ndarray, linear: np.ndarray, heard: list[np.ndarray]
 
     found = [best(linear[:, number], (0.0, *WEIGHTS)) for number in range(len(SHRINKAGES))]
     shrinkage = min(range(len(found)), key=lambda number: found[number][0])
-    a, b = best(hidden, (0.0, *WEIGHTS))[1], found[shrinkage][1]
+    (hidden_loss, a), (linear_loss, b) = best(hidden, (0.0, *WEIGHTS)), found[shrinkage]
+    share = 1 / (1 + (hidden_loss / max(linear_loss, 1e-9)) ** TRUST)
+    a, b = 2 * share * a, 2 * (1 - share) * b
     both = best(a * hidden + b * linear[:, shrinkage], WEIGHTS)[1]
     return Blend(shrinkage, both * a, both * b)
 

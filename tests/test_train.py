@@ -447,10 +447,13 @@ def test_the_blend_is_chosen_by_the_validation_speakers_alone():
     assert blend.linear > 5 * blend.hidden
     hidden[rest] = 100 * np.eye(4)[label[rest]]  # what the validation speakers cannot know
     assert train.choose_blend(hidden[None], linear[None], [heard], label) == blend
-    linear = np.stack([bad, good, bad])
+    linear = np.stack([bad, good, *[bad] * (len(train.SHRINKAGES) - 2)])
     blend = train.choose_blend(5 * good[None], linear[None], [heard], label)
     assert blend.shrinkage == 1
     assert blend.linear == pytest.approx(5 * blend.hidden, rel=0.5)  # two equals count alike, however sure they are
+    worse = good + 2 * rng.normal(size=good.shape)
+    blend = train.choose_blend(worse[None], linear[None], [heard], label)
+    assert blend.linear > 3 * blend.hidden  # and of two that are not, the better one more
 
 
 # --- the training program ---
