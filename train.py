@@ -12,10 +12,12 @@ width, C classes; of frame sequences M chunks of L frames in all, G of them in a
 """
 
 import argparse
+import concurrent.futures
 import ctypes
 import dataclasses
 import functools
 import glob
+import hashlib
 import importlib.metadata
 import importlib.util
 import io
@@ -26,12 +28,20 @@ import logging.handlers
 import math
 import os
 import platform
+import signal
+import socket
 import stat
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 import numpy as np
 from rich import box
@@ -51,6 +61,8 @@ SHRINKAGES = (0.01, 0.03, 0.1, 0.2, 0.3, 0.5, 0.8)  # of the covariance behind t
 WEIGHTS = tuple(0.02 * 1.25**step for step in range(24))  # of logits, to choose from: 0.02 to 3.4
 TRUST = 4  # power of the validation loss by which the hidden layer and the linear part weigh against each other
 STEPS_AN_EPOCH = 16  # at least, for sets so small that whole batches would leave too few updates
+ENDING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+DUTY = 20  # times as long as a save of the state took, the next one waits; it is done in the background
 BAD_STEPS_END = 5  # steps in a row with a loss or gradient that is not finite
 
 
@@ -89,6 +101,7 @@ class Config(check_data.ScanOptions):
     clip: float = option(1.0, "largest global norm of the gradient")
     precision: str = option("float32", "of the matrix products: float32 or bfloat16; all else stays float32")
     sweep: bool = option(False, f"train {' x '.join(SWEEP)} settings and let validation choose for each fold")
+    fresh: bool = option(False, "start over, though the results folder holds an unfinished run")
     no_compile_cache: bool = option(False, "do not keep the compiled program for the next run")
     recompute_stats: bool = option(False, "compute the statistics in DIR again")
 
@@ -942,6 +955,270 @@ def linear_parts(task: Task, data: Data, members: Member) -> tuple[Any, Any]:
     return jax.lax.map(of_one, members)
 
 
+# --- the run's own folder ------------------------------------------------------------------------------------------
+
+
+class Outcome(NamedTuple):
+    """What training with one setting gave, stacked along P, on the host."""
+
+    params: Any
+    loss: np.ndarray
+    best_epoch: np.ndarray
+    skipped: np.ndarray
+    setting: np.ndarray  # number of the setting
+
+    def better(self, other: "Outcome") -> "Outcome":
+        """Of each member, the outcome with the smaller validation loss; the members of a fold have the same."""
+        return jax.tree.map(np.asarray, _where(other.loss < self.loss, other, self))
+
+
+class Progress(NamedTuple):
+    """Where training stands between two calls; whatever is random follows from the seed and these numbers."""
+
+    setting: int  # number of the setting that is being trained
+    epoch: int  # its next one
+    state: State
+    best: Outcome | None  # of the settings before it
+    losses: list[np.ndarray]  # of each of them, (P,)
+    history: list[dict]
+
+    def arrays(self) -> dict[str, Any]:
+        """Every array by its name."""
+        leaves = jax.tree_util.tree_leaves_with_path((self.state, self.best, self.losses))
+        return {jax.tree_util.keystr(path): leaf for path, leaf in leaves}
+
+
+class Keeper:
+    """One run's hold on its folder: the lock, the state on the disk, and what happens when a signal ends the run.
+
+    The state is saved in the background after a call, in one of two files by turns, so that one of them is whole
+    at any moment. A save waits `DUTY` times as long as the last one took. SIGTERM and SIGINT are heard by a thread of
+    its own: the main one may wait minutes for a call or a compilation. Without a folder nothing is kept.
+
+    Of several processes the first writes, and the others learn from it when to save and where to go on.
+    """
+
+    def __init__(self, run: Path | None = None, leads: bool = True):
+        self.run, self.leads = run, leads
+        self.identity: dict = {}
+        self._found: tuple[dict, dict] | None = None
+        self._serial, self._due = 0, 0.0
+        self._latest: Progress | None = None
+        self._kept: Progress | None = None  # the one on the disk
+        self._pool, self._saving = concurrent.futures.ThreadPoolExecutor(1), None
+
+    # The lock and the signals
+
+    def __enter__(self) -> "Keeper":
+        self.run.mkdir(parents=True, exist_ok=True)
+        self._lock = _locked(self.run) if self.leads else None
+        if self.leads:
+            for leftover in self.run.glob(".*.tmp"):
+                leftover.unlink(missing_ok=True)
+        self._ear, self._mouth = socket.socketpair()
+        self._mouth.setblocking(False)
+        self._handlers = {}
+        if threading.current_thread() is threading.main_thread():
+            # The handler itself does nothing, and so keeps Python from raising KeyboardInterrupt just anywhere.
+            # What is ignored stays so: nohup ignores SIGHUP.
+            heard = [number for number in ENDING if signal.getsignal(number) != signal.SIG_IGN]
+            self._handlers = {number: signal.signal(number, lambda *_: None) for number in heard}
+            signal.set_wakeup_fd(self._mouth.fileno(), warn_on_full_buffer=False)
+            threading.Thread(target=self._listen, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._handlers:
+            signal.set_wakeup_fd(-1)
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        self._mouth.close()
+        self._pool.shutdown()
+        if self._lock is not None:
+            os.close(self._lock)
+
+    def _listen(self) -> None:
+        while heard := self._ear.recv(1):
+            if heard[0] in self._handlers:
+                self._leave(heard[0])
+        self._ear.close()
+
+    def _leave(self, number: int) -> None:
+        """Save what is not yet on the disk and end the process: within two seconds, on a second signal at once."""
+        threading.Timer(1.8, os._exit, (128 + number,)).start()  # whatever hangs
+        saving = self._pool.submit(self._save, self._latest) if self._is_behind() else self._saving
+        if saving:
+            saving.add_done_callback(lambda _: self._mouth.send(b"\0"))
+            self._ear.recv(1)
+        where = f"; the same command goes on from {_place(self._kept)}" if self._kept else ""
+        log.error(f"ended by {signal.Signals(number).name}{where}")
+        os._exit(128 + number)
+
+    # The state
+
+    def look(self, identity: dict) -> str | None:
+        """Find the state of an unfinished run; says where it stands.
+
+        Raises
+        ------
+        check_data.UsageError
+            If it is that of another run, or if nothing of it is whole.
+        """
+        self.identity = identity
+        whole, damaged = [], []
+        for path in self._paths() if self.leads else ():
+            if os.path.lexists(path):
+                try:
+                    whole.append(stats.read_checked_arrays(path))
+                except stats.DataError as error:
+                    damaged.append(f"{check_data.printable(str(path))} {error.reason}")
+        if not whole and damaged:
+            raise check_data.UsageError(f"{'; '.join(damaged)}; --fresh starts over")
+        if not whole:
+            return None
+        for fault in damaged:
+            log.warning(f"state: {fault}; GOING ON FROM THE ONE BEFORE")
+        self._found = max(whole, key=lambda found: found[0]["serial"])
+        described = self._found[0]
+        self._serial = described["serial"]
+        self._refuse_others(described["identity"])
+        for name, there in described["circumstances"].items():
+            if there != (here := self._circumstances()[name]):
+                log.warning(f"state: saved with {name} {there}, and here it is {here}: the last digits may differ")
+        return described["place"]
+
+    def _refuse_others(self, theirs: dict) -> None:
+        """Name the differences between an unfinished run and this one."""
+        theirs, ours = ({**part.pop("options"), **part} for part in (dict(theirs), dict(self.identity)))
+        named = [
+            f"{name} {theirs.get(name)} there and {ours.get(name)} here"
+            for name in dict.fromkeys([*theirs, *ours])
+            if theirs.get(name) != ours.get(name)
+        ]
+        if named:
+            run, differences = check_data.printable(str(self.run)), check_data.printable(", ".join(named))
+            raise check_data.UsageError(
+                f"{run} holds an unfinished run, with {differences}; finish it, choose another --out, or start over"
+                " with --fresh"
+            )
+
+    def resume(self, start: Progress) -> Progress:
+        """Where to go on: `start`, or what `look` has found, in the form of `start`."""
+        described, arrays = self._found or ({"setting": 0, "epoch": 0, "history": []}, {})
+        setting, epoch = described["setting"], described["epoch"]
+        if jax.process_count() > 1:
+            setting, epoch = map(int, _from_first(np.array([setting, epoch])))
+        if not (setting or epoch):
+            return start
+        state = fetched(start.state)
+        best = Outcome(state.best, state.best_loss, state.best_epoch, state.skipped, state.best_epoch)
+        form = start._replace(state=state, best=best if setting else None, losses=[state.best_loss] * setting)
+        leaves, tree = jax.tree.flatten((form.state, form.best, form.losses))
+        if self._found:
+            leaves = [_into(leaf, arrays.get(name), name) for (name, leaf) in form.arrays().items()]
+        state, best, losses = jax.tree.unflatten(tree, _from_first(leaves) if jax.process_count() > 1 else leaves)
+        self._found, self._kept = None, Progress(setting, epoch, state, best, losses, described["history"])
+        return self._kept
+
+    def offer(self, progress: Progress) -> None:
+        """Take note of where training stands, and save it if it is time."""
+        idle = self._saving is None or self._saving.done()
+        due = idle and time.monotonic() >= self._due and self.run is not None
+        if jax.process_count() > 1:  # all of them are needed to fetch what lies on several hosts
+            due = bool(_from_first(np.array(due)))
+            progress = progress._replace(state=fetched(progress.state)) if due else progress
+        self._latest = progress
+        if due and self.leads:
+            self._saving = self._pool.submit(self._save, progress)
+
+    def _is_behind(self) -> bool:
+        """Whether there is more to save than is on the disk, and one process can do it."""
+        behind = self.run is not None and self._latest is not self._kept and self._latest is not None
+        return behind and jax.process_count() == 1
+
+    def save(self) -> None:
+        """Save where training stands, and wait for it."""
+        if self._is_behind():
+            self._pool.submit(self._save, self._latest).result()
+
+    def _save(self, progress: Progress) -> None:
+        started = time.monotonic()
+        arrays = {name: np.asarray(leaf) for name, leaf in fetched(progress.arrays()).items()}
+        described = {"serial": self._serial + 1, "identity": self.identity, "circumstances": self._circumstances()}
+        described |= {"setting": progress.setting, "epoch": progress.epoch, "history": progress.history}
+        described |= {"place": _place(progress)}
+        try:
+            blobs = {self._paths()[described["serial"] % 2].name: stats.checked_arrays(described, arrays)}
+            if progress.history:
+                blobs["history.csv"] = stats.csv_bytes(progress.history)
+            stats.write_files(self.run, blobs)
+            self._serial, self._kept = described["serial"], progress
+        except OSError as error:
+            name = check_data.printable(str(error.filename))
+            log.warning(f"state: not saved, the run goes on: {name}: {error.strerror}")
+        self._due = time.monotonic() + DUTY * (time.monotonic() - started)
+
+    def clear(self) -> None:
+        """Remove the state: the run is finished, or to be started over."""
+        if self._saving:
+            self._saving.result()
+        self._found = self._latest = None
+        for path in self._paths() if self.leads and self.run else ():
+            path.unlink(missing_ok=True)
+
+    def _paths(self) -> tuple[Path, Path]:
+        return self.run / "state-0.bin", self.run / "state-1.bin"
+
+    @staticmethod
+    def _circumstances() -> dict:
+        return _versions() | {"device": jax.devices()[0].device_kind, "devices": jax.device_count()}
+
+
+def _place(progress: Progress) -> str:
+    setting = f" of setting {progress.setting + 1}" * (progress.setting > 0)
+    return f"epoch {progress.history[-1]['epoch'] if progress.epoch else 0}{setting}"
+
+
+def _into(form: np.ndarray, saved: np.ndarray | None, name: str) -> np.ndarray:
+    """Saved rows in the form of an array of this run, which may have more to fill up its devices."""
+    if saved is None or saved.dtype != form.dtype or saved.shape[1:] != form.shape[1:]:
+        told = "is missing" if saved is None else f"has shape {saved.shape} there and {form.shape} here"
+        raise check_data.UsageError(f"the state of the unfinished run does not fit: {name} {told}; --fresh starts over")
+    rows = min(len(saved), len(form))
+    return np.concatenate([saved[:rows], form[rows:]])
+
+
+def _from_first(tree: Any) -> Any:
+    """What the first of several processes has."""
+    from jax.experimental import multihost_utils
+
+    return jax.tree.map(np.asarray, multihost_utils.broadcast_one_to_all(tree))
+
+
+def _locked(run: Path) -> int | None:
+    """Lock a folder for this process; the lock ends with it, however it ends.
+
+    Raises
+    ------
+    check_data.UsageError
+        If another run holds it.
+    """
+    if fcntl is None:
+        return None
+    lock = os.open(run / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        pid = os.read(lock, 20).decode("ascii", "replace").strip()
+        name = check_data.printable(str(run))
+        raise check_data.UsageError(f"{name} is in use by another run, process {check_data.printable(pid)}") from None
+    except OSError as error:
+        log.warning(f"lock: none here ({error.strerror}); do not start a second run on this folder")
+    os.truncate(lock, 0)
+    os.write(lock, f"{os.getpid()}\n".encode())
+    return lock
+
+
 # --- training -----------------------------------------------------------------------------------------------------
 
 
@@ -1080,20 +1357,6 @@ def padding_share(dataset: Dataset, table: np.ndarray, task: Task) -> float:
     return 1 - float(real) / (len(table) * task.steps * task.capacity * dataset.frames.chunks.shape[1])
 
 
-class Outcome(NamedTuple):
-    """What training with one setting gave, stacked along P, on the host."""
-
-    params: Any
-    loss: np.ndarray
-    best_epoch: np.ndarray
-    skipped: np.ndarray
-    setting: np.ndarray  # number of the setting
-
-    def better(self, other: "Outcome") -> "Outcome":
-        """Of each member, the outcome with the smaller validation loss; the members of a fold have the same."""
-        return jax.tree.map(np.asarray, _where(other.loss < self.loss, other, self))
-
-
 class Setup(NamedTuple):
     """A run as the program wants it; `everything` is a table, (B, steps), that holds each utterance once."""
 
@@ -1112,8 +1375,10 @@ def set_up(dataset: Dataset, plan: Plan, stored: stats.Stored, config: Config) -
     return Setup(task, mesh, place(mesh, device_data(dataset)), members, everything)
 
 
-def train(dataset: Dataset, plan: Plan, stored: stats.Stored, config: Config) -> Trained:
+def train(dataset: Dataset, plan: Plan, stored: stats.Stored, config: Config, keeper: Keeper | None = None) -> Trained:
     """Train every fold and the final model together, with each of the settings, and solve their linear parts.
+
+    `keeper` tells where to go on, and keeps the state.
 
     Raises
     ------
@@ -1126,7 +1391,7 @@ def train(dataset: Dataset, plan: Plan, stored: stats.Stored, config: Config) ->
         padding = padding_share(dataset, members.train, task)
         log.info(f"sequences: {padding:.1%} of the frames that are computed are padding")
     own = place(mesh, members, "population")
-    outcome, losses, history = train_population(task, mesh, data, own, plan.folds)
+    outcome, losses, history = train_population(task, mesh, data, own, plan.folds, keeper or Keeper())
     if not np.isfinite(outcome.loss[:size]).all():
         raise TrainingError("no epoch of a fold had a finite validation loss; look at the features with check_data.py")
     settings = sweep_settings(config)
@@ -1162,7 +1427,7 @@ def sweep_table(settings: list[Setting], losses: np.ndarray, chosen: np.ndarray)
 
 
 def train_population(
-    task: Task, mesh: Any, data: Data, members: Member, folds: int
+    task: Task, mesh: Any, data: Data, members: Member, folds: int, keeper: Keeper
 ) -> tuple[Outcome, np.ndarray, list[dict]]:
     """Train the population with every setting of the sweep, one after the other by the same compiled program.
 
@@ -1171,40 +1436,57 @@ def train_population(
     outcome, losses, history
         The best outcome of each fold, the validation losses, shape (settings, P), and the rows of history.csv.
     """
-    config, rows = task.config, len(members.fold)
+    config, rows, settings = task.config, len(members.fold), sweep_settings(task.config)
     init = jax.jit(over_population(mesh, jax.vmap(functools.partial(init_member, task), (None, 0)), 1))
-    program = jax.jit(functools.partial(population_epochs, task, mesh), donate_argnums=4)
-    settings, history, losses, best = sweep_settings(config), [], [], None
-    for number, setting in enumerate(settings):
-        members = members._replace(setting=place(mesh, Setting.stack([setting] * rows), "population"))
+    program = jax.jit(functools.partial(population_epochs, task, mesh))
+
+    def with_setting(number):
+        setting = Setting.stack([settings[number]] * rows)
+        return members._replace(setting=place(mesh, setting, "population"))
+
+    def start(number, best, losses, history):
+        state = init(jax.random.key(config.seed), with_setting(number))
+        return Progress(number, 0, state, best, losses, history)
+
+    progress = keeper.resume(start(0, None, [], []))
+    while True:
         if config.sweep:
-            told = ", ".join(f"{name} {value:g}" for name, value in setting._asdict().items())
-            log.info(f"setting {number + 1} of {len(settings)}: {told}")
-        state = init(jax.random.key(config.seed), members)
-        state, trained = _train_setting(program, config, data, members, state, folds)
-        found = fetched((state.best, state.best_loss, state.best_epoch, state.skipped))
-        outcome = Outcome(*found, np.full(rows, number))
-        best = best.better(outcome) if best else outcome
-        losses.append(outcome.loss)
-        history += [{"setting": number + 1} | row if config.sweep else row for row in trained]
-    return best, np.stack(losses), history
+            told = ", ".join(f"{name} {value:g}" for name, value in settings[progress.setting]._asdict().items())
+            log.info(f"setting {progress.setting + 1} of {len(settings)}: {told}")
+        progress = progress._replace(state=place(mesh, progress.state, "population"))
+        progress = _train_setting(program, config, data, with_setting(progress.setting), progress, folds, keeper)
+        best, losses = _with_outcome(progress)
+        if progress.setting + 1 == len(settings):
+            return best, np.stack(losses), progress.history
+        progress = start(progress.setting + 1, best, losses, progress.history)
+
+
+def _with_outcome(progress: Progress) -> tuple[Outcome, list[np.ndarray]]:
+    """Best outcomes and losses with those of the setting that is now trained."""
+    state = progress.state
+    found = fetched((state.best, state.best_loss, state.best_epoch, state.skipped))
+    outcome = Outcome(*found, np.full(len(found[1]), progress.setting, np.int32))
+    return (progress.best.better(outcome) if progress.best else outcome), [*progress.losses, outcome.loss]
 
 
 def _train_setting(
-    program: Callable, config: Config, data: Data, members: Member, state: State, folds: int
-) -> tuple[State, list[dict]]:
-    history, started = [], time.perf_counter()
-    for first in range(0, config.epochs, EPOCHS_A_CALL):
-        state, measures = program(config.seed, data, members, state, first)
+    program: Callable, config: Config, data: Data, members: Member, progress: Progress, folds: int, keeper: Keeper
+) -> Progress:
+    """Train with one setting to its end, from where `progress` stands."""
+    started, first = time.perf_counter(), progress.epoch
+    while fetched(progress.state.active).any():
+        state, measures = program(config.seed, data, members, progress.state, progress.epoch)
         measures, worst_run, active = fetched((measures, state.worst_run, state.active))
-        history += _rows(measures, first, config, folds)
-        _end_if_broken(worst_run, first, folds, config)
-        _say_progress(
-            history, int(active.sum()), (folds + 1) * config.seeds, config.epochs, time.perf_counter() - started
-        )
-        if not active.any():
-            break
-    return state, history
+        _end_if_broken(worst_run, progress.epoch, folds, config)
+        rows = _rows(measures, progress.epoch, config, folds)
+        if config.sweep:
+            rows = [{"setting": progress.setting + 1} | row for row in rows]
+        epoch = progress.epoch + EPOCHS_A_CALL
+        progress = progress._replace(epoch=epoch, state=state, history=progress.history + rows)
+        keeper.offer(progress)
+        pace = (time.perf_counter() - started) / (epoch - first)
+        _say_progress(rows, int(active.sum()), (folds + 1) * config.seeds, config.epochs, pace)
+    return progress
 
 
 def compute_logits(task: Task, mesh: Any, data: Data, table: np.ndarray, members: Member, params: Any) -> np.ndarray:
@@ -1309,7 +1591,7 @@ def _rows(measures: dict[str, np.ndarray], first: int, config: Config, folds: in
         {"epoch": first + epoch + 1, "fold": _member_name(member, folds, config.seeds), "seed": member % config.seeds}
         | {name: float(values[epoch, member]) for name, values in measures.items() if name != "active"}
         for epoch, active in enumerate(measures["active"])
-        for member in np.flatnonzero(active)
+        for member in np.flatnonzero(active).tolist()
     ]
 
 
@@ -1319,19 +1601,20 @@ def _end_if_broken(worst_run: np.ndarray, first: int, folds: int, config: Config
         names = ", ".join(sorted({_member_name(member, folds, config.seeds) for member in broken}))
         raise TrainingError(
             f"epochs {first + 1} to {first + EPOCHS_A_CALL}: loss or gradient was NaN or Inf in {worst_run.max()}"
-            f" steps in a row (fold {names}); nothing was saved. Try a smaller --learning-rate, and look at the"
-            " features with check_data.py"
+            f" steps in a row (fold {names}); the state before them is kept. Look at the features with check_data.py,"
+            " and try a smaller --learning-rate with --fresh"
         )
 
 
-def _say_progress(history: list[dict], active: int, population: int, epochs: int, seconds: float) -> None:
-    epoch = history[-1]["epoch"]
-    last = [row for row in history if row["epoch"] == epoch]
+def _say_progress(rows: list[dict], active: int, population: int, epochs: int, pace: float) -> None:
+    """Say how the last epoch went; `pace` is in seconds an epoch."""
+    epoch = rows[-1]["epoch"]
+    last = [row for row in rows if row["epoch"] == epoch]
     loss, ua = (np.mean([row[name] for row in last]) for name in ("loss", "validation_ua"))
-    left = f"at most {seconds / epoch * (epochs - epoch):.0f} s left" if active else "all have stopped"
+    left = f"at most {pace * (epochs - epoch):.0f} s left" if active else "all have stopped"
     log.info(
         f"epoch {epoch}/{epochs}  loss {loss:.3f}  validation UA {ua:.3f}"
-        f"  {active} of {population} models training  {seconds:.0f} s, {left}"
+        f"  {active} of {population} models training, {left}"
     )
 
 
@@ -1487,6 +1770,7 @@ def save_run(
         "model.npz": model_bytes(final, stored.statistics),
         "metrics.json": stats.json_bytes(metrics),
     }
+    run.mkdir(parents=True, exist_ok=True)  # somebody may have moved it away meanwhile
     stats.write_files(run, artifacts)
 
 
@@ -1617,12 +1901,12 @@ def _say_plan(plan: Plan, seeds: int) -> None:
 def run_training(config: Config) -> int:
     run = Path(config.out or Path("runs") / (Path(config.directory).resolve().name or "data"))
     _refuse_foreign(run, check_data.folder(config.directory))
-    run.mkdir(parents=True, exist_ok=True)
     # Held back until the data are found good: a run that cannot start must not replace the log of one that could.
     held = logging.handlers.MemoryHandler(1 << 30, flushLevel=logging.CRITICAL, flushOnClose=False)
     log.addHandler(held)
     try:
-        text = _scan_train_report(config, run, held)
+        with Keeper(run, _process_number() == 0) as keeper:
+            text = _scan_train_report(config, keeper, held)
         if held.target:
             held.target.stream.write(text)
         sys.stdout.write(text)
@@ -1647,8 +1931,26 @@ def _refuse_foreign(run: Path, directory: Path) -> None:
         raise check_data.UsageError(f"{name} holds the results for {told}; choose another --out, or remove them")
 
 
-def _scan_train_report(config: Config, run: Path, held: logging.handlers.MemoryHandler) -> str:
-    started = time.perf_counter()
+def _process_number() -> int:
+    """Number of this process among those of a run on several hosts, before jax can tell it."""
+    names = ("JAX_PROCESS_ID", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK")
+    told = next(filter(None, map(os.environ.get, names)), "0")
+    return int(told) if told.isdecimal() else 0
+
+
+def _identity(config: Config, scan: check_data.Scan, dataset: Dataset, plan: Plan, stored: stats.Stored) -> dict:
+    """What two runs must have in common for one to go on with the state of the other."""
+    elsewhere = ("directory", "out", "fresh", "no_compile_cache", "recompute_stats")
+    options = {f"--{name}": value for name, value in dataclasses.asdict(config).items() if name not in elsewhere}
+    digest = hashlib.sha256(scan.fingerprint.encode())
+    for array in (dataset.label, plan.fold, plan.train, plan.validation, *stored.statistics):
+        digest.update(np.ascontiguousarray(array))
+    told = {"utterances": len(dataset.label), "classes": dataset.classes, "data fingerprint": digest.hexdigest()[:16]}
+    return json.loads(json.dumps({"options": options} | told))
+
+
+def _scan_train_report(config: Config, keeper: Keeper, held: logging.handlers.MemoryHandler) -> str:
+    started, run = time.perf_counter(), keeper.run
     device = start_jax()
     leads = jax.process_index() == 0
     if not leads:
@@ -1672,12 +1974,22 @@ def _scan_train_report(config: Config, run: Path, held: logging.handlers.MemoryH
     dataset = pack(scan, config.pooling)
     plan = make_plan(dataset, config)
     stored = _statistics(scan, dataset, run, config)
+    if config.fresh:
+        keeper.clear()
+    place = keeper.look(_identity(config, scan, dataset, plan, stored))
     _say_plan(plan, config.seeds)
+    if place:
+        log.info(f"GOING ON from {place} of the unfinished run in {check_data.printable(str(run))}")
     if leads:
-        held.setTarget(logging.FileHandler(run / "train.log", "w", encoding="utf-8", errors="backslashreplace"))
+        mode = "a" if place else "w"
+        held.setTarget(logging.FileHandler(run / "train.log", mode, encoding="utf-8", errors="backslashreplace"))
         held.flush()
         held.capacity = 0  # from now on each line at once
-    trained = train(dataset, plan, stored, config)
+    try:
+        trained = train(dataset, plan, stored, config, keeper)
+    except TrainingError:
+        keeper.save()
+        raise
     metrics, probability = evaluate(dataset, plan, trained, stored.supplied, config)
     metrics |= {"sweep": trained.sweep} if trained.sweep else {}
     metrics |= {"left_out": scan.left_out(), "device": device, "versions": _versions()}
@@ -1685,6 +1997,7 @@ def _scan_train_report(config: Config, run: Path, held: logging.handlers.MemoryH
     if not leads:
         return ""
     save_run(run, scan, dataset, plan, trained, stored, metrics, probability, config)
+    keeper.clear()
     return report(metrics, run)
 
 
@@ -1810,4 +2123,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(check_data.guarded(main))
+    status = check_data.guarded(main)
+    if "jax" in globals() and jax.process_count() == 1:
+        os._exit(status)  # all is written; a thread of XLA that outlives the interpreter can abort the process
+    sys.exit(status)
