@@ -1089,14 +1089,14 @@ class Keeper:
 
     def _refuse_others(self, theirs: dict) -> None:
         """Name the differences between an unfinished run and this one."""
-        theirs, ours = ({**part.pop("options"), **part} for part in (dict(theirs), dict(self.identity)))
         named = [
-            f"{name} {theirs.get(name)} there and {ours.get(name)} here"
-            for name in dict.fromkeys([*theirs, *ours])
-            if theirs.get(name) != ours.get(name)
+            f"{name} {there.get(name)} there and {here.get(name)} here"
+            for there, here in ((theirs["options"], self.identity["options"]), (theirs["data"], self.identity["data"]))
+            for name in dict.fromkeys([*there, *here])
+            if there.get(name) != here.get(name)
         ]
         if named:
-            run, differences = check_data.printable(str(self.run)), check_data.printable(", ".join(named))
+            run, differences = check_data.printable(str(self.run)), check_data.printable(", ".join(named[:3]))
             raise check_data.UsageError(
                 f"{run} holds an unfinished run, with {differences}; finish it, choose another --out, or start over"
                 " with --fresh"
@@ -1267,7 +1267,7 @@ def place(mesh: Any, tree: Any, axis: str | None = None) -> Any:
 
 def fetched(tree: Any) -> Any:
     """Arrays of all devices and hosts, as numpy."""
-    if all(leaf.is_fully_addressable for leaf in jax.tree.leaves(tree)):
+    if all(getattr(leaf, "is_fully_addressable", True) for leaf in jax.tree.leaves(tree)):
         return jax.device_get(tree)
     from jax.experimental import multihost_utils
 
@@ -1941,12 +1941,16 @@ def _process_number() -> int:
 def _identity(config: Config, scan: check_data.Scan, dataset: Dataset, plan: Plan, stored: stats.Stored) -> dict:
     """What two runs must have in common for one to go on with the state of the other."""
     elsewhere = ("directory", "out", "fresh", "no_compile_cache", "recompute_stats")
-    options = {f"--{name}": value for name, value in dataclasses.asdict(config).items() if name not in elsewhere}
+    options = {
+        f"--{name.replace('_', '-')}": value
+        for name, value in dataclasses.asdict(config).items()
+        if name not in elsewhere
+    }
     digest = hashlib.sha256(scan.fingerprint.encode())
     for array in (dataset.label, plan.fold, plan.train, plan.validation, *stored.statistics):
         digest.update(np.ascontiguousarray(array))
-    told = {"utterances": len(dataset.label), "classes": dataset.classes, "data fingerprint": digest.hexdigest()[:16]}
-    return json.loads(json.dumps({"options": options} | told))
+    told = {"utterances": len(dataset.label), "fingerprint of the data": digest.hexdigest()[:16]}
+    return json.loads(json.dumps({"options": options, "data": told}))  # as it comes back from a file
 
 
 def _scan_train_report(config: Config, keeper: Keeper, held: logging.handlers.MemoryHandler) -> str:

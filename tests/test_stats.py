@@ -330,3 +330,21 @@ def test_probabilities_sum_to_one_for_huge_logits():
     p = stats.probabilities(np.array([[1e4, 0, -1e4], [1, 1, 1]]))
     np.testing.assert_allclose(p.sum(-1), 1)
     np.testing.assert_allclose(p[1], 1 / 3)
+
+
+@pytest.mark.parametrize("place", ["magic", "head", "body", "digest"])
+def test_no_change_of_a_checked_file_is_accepted(tmp_path, place):
+    path = tmp_path / "file"
+    arrays = {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.array([True, False]), "c": np.int32([7])}
+    stats.write_files(tmp_path, {"file": stats.checked_arrays({"x": 1}, arrays)})
+    described, read = stats.read_checked_arrays(path)
+    assert described == {"x": 1}
+    for name, array in arrays.items():
+        np.testing.assert_array_equal(read[name], array)
+        assert read[name].dtype == array.dtype
+    blob = path.read_bytes()
+    offset = {"magic": 3, "head": 30, "body": len(blob) - 40, "digest": len(blob) - 2}[place]
+    for changed in (blob[:offset] + bytes([blob[offset] ^ 4]) + blob[offset + 1 :], blob[:offset], b""):
+        path.write_bytes(changed)
+        with pytest.raises(stats.DataError, match="damaged"):
+            stats.read_checked_arrays(path)

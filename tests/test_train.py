@@ -1,11 +1,16 @@
+import contextlib
 import csv
 import dataclasses
+import errno
+import itertools
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -929,6 +934,7 @@ ARTIFACTS = {
     "wav2vec_std.npy",
     "skipped.csv",
     "train.log",
+    "lock",
 }
 FAST = ("--epochs", "12", "--seeds", "2", "--width", "32", "--folds", "3", "--learning-rate", "0.01")
 
@@ -1143,3 +1149,320 @@ def test_a_tree_of_parameters_survives_its_file_form():
     flat = train.flatten(tree)
     assert set(flat) == {"params/Dense_0/kernel", "params/Dense_0/bias"}
     assert train.unflatten(flat)["Dense_0"]["kernel"].shape == (2, 3)
+
+
+# --- the run's own folder ---
+
+
+class Stop(Exception):
+    pass
+
+
+KEPT = ("--epochs", "16", "--patience", "16", "--seeds", "2", "--width", "8", "--folds", "3")
+EQUAL = ("model.npz", "predictions.csv", "history.csv", "confusion.csv", "config.json")
+
+
+def outcome_of(run):
+    """Everything of a run that must not depend on how often it was broken off."""
+    metrics = json.loads((run / "metrics.json").read_text())
+    config = json.loads((run / "config.json").read_text())
+    del metrics["seconds"], config["options"]["out"]
+    return [metrics, config, *((run / name).read_bytes() for name in EQUAL[:-1])]
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory, jax_stack):
+    """A folder of features with its statistics, and a run on it that nothing broke off."""
+    place = tmp_path_factory.mktemp("kept")
+    write_sample(place / "data", actors=4, dim=24)
+    for run in ("first", "run"):
+        assert train.main([str(place / "data"), "--out", str(place / run), *KEPT]) == 0
+    return place
+
+
+@pytest.fixture
+def broken(unbroken, tmp_path, monkeypatch):
+    """A run that stopped after its third call, with the state of the second and the third on the disk."""
+    calls = []
+
+    def stop(*arguments):
+        calls.append(1)
+        time.sleep(0.2)  # the save is in the background
+        if len(calls) == 3:
+            raise Stop
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "_say_progress", stop)
+        patch.setattr(train, "DUTY", 0)
+        with pytest.raises(Stop):
+            train.main([str(unbroken / "data"), "--out", str(tmp_path / "run"), *KEPT])
+    assert {path.name for path in tmp_path.glob("run/state*")} == {"state-0.bin", "state-1.bin"}
+    return tmp_path / "run"
+
+
+def go_on(unbroken, run, *more):
+    return train.main([str(unbroken / "data"), "--out", str(run), *KEPT, *more])
+
+
+def states(run):
+    return sorted(run.glob("state-*.bin"), key=lambda path: stats.read_checked_arrays(path)[0]["serial"])
+
+
+def test_the_same_command_goes_on_and_gives_the_same_bits(unbroken, broken, caplog):
+    caplog.set_level("INFO", "train")
+    assert go_on(unbroken, broken) == 0
+    assert "GOING ON from epoch 12 of the unfinished run" in caplog.text
+    assert outcome_of(broken) == outcome_of(unbroken / "run")
+    assert not list(broken.glob("state*"))
+    log_lines = (broken / "train.log").read_text()
+    assert log_lines.index("GOING ON") < log_lines.index("epoch 16/16")
+
+
+def test_a_damaged_state_hands_over_to_the_one_before_and_says_so(unbroken, broken, caplog):
+    newest = states(broken)[-1]
+    blob = bytearray(newest.read_bytes())
+    blob[len(blob) // 2] ^= 1
+    newest.write_bytes(blob)
+    caplog.set_level("INFO", "train")
+    assert go_on(unbroken, broken) == 0
+    assert "GOING ON FROM THE ONE BEFORE" in caplog.text
+    assert "GOING ON from epoch 8 of" in caplog.text
+    assert outcome_of(broken) == outcome_of(unbroken / "run")
+
+
+def test_when_nothing_of_the_state_is_whole_nothing_is_started_over_in_silence(unbroken, broken, caplog):
+    for path in states(broken):
+        path.write_bytes(path.read_bytes()[:-5])
+    before = {path.name: path.read_bytes() for path in broken.iterdir()}
+    assert go_on(unbroken, broken) == 2
+    assert "--fresh starts over" in caplog.text
+    del before["lock"]
+    assert {name: (broken / name).read_bytes() for name in before} == before
+    assert go_on(unbroken, broken, "--fresh") == 0
+    assert outcome_of(broken)[2:] == outcome_of(unbroken / "run")[2:]
+
+
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        (("--width", "16"), "--width 8 there and 16 here"),
+        (("--classes", "happy,sad"), "--classes None there and happy,sad here"),
+    ],
+)
+def test_the_state_of_another_run_is_refused_with_the_difference(unbroken, broken, caplog, more, told):
+    before = [path.read_bytes() for path in states(broken)]
+    assert go_on(unbroken, broken, *more) == 2
+    assert told in caplog.records[-1].message
+    assert [path.read_bytes() for path in states(broken)] == before
+
+
+def test_the_state_for_other_files_is_refused(unbroken, broken, tmp_path, caplog):
+    other = write_sample(tmp_path / "other", actors=4, dim=24)
+    for name in (stats.MEAN_FILE, stats.STD_FILE):
+        shutil.copy(unbroken / "data" / name, other)
+    next(iter(other.glob("*.npz"))).unlink()
+    assert train.main([str(other), "--out", str(broken), *KEPT]) == 2
+    assert "utterances 112 there and 111 here" in caplog.records[-1].message
+
+
+def test_a_sweep_goes_on_in_the_middle_of_a_setting(unbroken, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "SWEEP", {name: (1.0,) if name == "width" else (0.0,) for name in train.SWEEP})
+    monkeypatch.setitem(train.SWEEP, "learning_rate", (0.001, 0.02))
+    assert go_on(unbroken, tmp_path / "whole", "--sweep") == 0
+    monkeypatch.setattr(train, "DUTY", 0)
+    real, calls = train._say_progress, []
+
+    def stop(*arguments):
+        calls.append(1)
+        time.sleep(0.2)
+        if len(calls) == 6:
+            raise Stop
+        real(*arguments)
+
+    monkeypatch.setattr(train, "_say_progress", stop)
+    with pytest.raises(Stop):
+        go_on(unbroken, tmp_path / "run", "--sweep")
+    assert stats.read_checked_arrays(states(tmp_path / "run")[-1])[0]["place"] == "epoch 8 of setting 2"
+    assert go_on(unbroken, tmp_path / "run", "--sweep") == 0
+    assert len(calls) == 8
+    assert outcome_of(tmp_path / "run") == outcome_of(tmp_path / "whole")
+
+
+def test_after_bad_steps_the_state_before_them_is_on_the_disk(unbroken, tmp_path, monkeypatch, caplog):
+    real = train._end_if_broken
+
+    def broken_later(worst_run, first, folds, config):
+        real(worst_run + (5 if first == 8 else 0), first, folds, config)
+
+    monkeypatch.setattr(train, "_end_if_broken", broken_later)
+    assert go_on(unbroken, tmp_path / "run") == 1
+    assert "NaN or Inf in 5 steps in a row" in caplog.text
+    described, arrays = stats.read_checked_arrays(states(tmp_path / "run")[-1])
+    assert described["epoch"] == 8
+    assert all(np.isfinite(array).all() for array in arrays.values())
+
+
+def test_a_state_that_cannot_be_saved_does_not_end_the_run(unbroken, tmp_path, monkeypatch, caplog):
+    real = stats.write_files
+
+    def full(folder, blobs):
+        if any(name.startswith("state") for name in blobs):
+            raise OSError(errno.ENOSPC, "No space left on device", str(folder / "state-0.bin"))
+        real(folder, blobs)
+
+    monkeypatch.setattr(stats, "write_files", full)
+    assert go_on(unbroken, tmp_path / "run") == 0
+    assert "state: not saved, the run goes on" in caplog.text
+    assert outcome_of(tmp_path / "run") == outcome_of(unbroken / "run")
+
+
+def test_results_are_saved_though_the_folder_was_taken_away(unbroken, tmp_path, monkeypatch):
+    real = train.evaluate
+
+    def taking(*arguments):
+        shutil.rmtree(tmp_path / "run")
+        return real(*arguments)
+
+    monkeypatch.setattr(train, "evaluate", taking)
+    assert go_on(unbroken, tmp_path / "run") == 0
+    assert outcome_of(tmp_path / "run") == outcome_of(unbroken / "run")
+
+
+@pytest.mark.skipif(train.fcntl is None, reason="there is no flock here")
+def test_a_second_run_on_one_folder_exits_before_jax_and_names_the_first(unbroken, broken):
+    code = f"import sys; sys.modules['jax'] = None; sys.path.insert(0, {str(ROOT)!r}); import train; sys.exit("
+    code += "train.main())"
+    command = [sys.executable, "-c", code, str(unbroken / "data"), "--out", str(broken), *KEPT]
+    before = {path.name: path.read_bytes() for path in broken.iterdir() if path.name != "lock"}
+    with train.Keeper(broken):
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert f"is in use by another run, process {os.getpid()}" in done.stderr
+    assert {name: (broken / name).read_bytes() for name in before} == before
+
+
+def started(unbroken, run, *more, cache=None):
+    """Start a run as a process of its own, with all calls saved, and a cache of compiled programs if one is given."""
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import train; train.DUTY = 0\n{chr(10).join(more)}"
+    code += "\nimport check_data; status = check_data.guarded(train.main); import os; os._exit(status)"
+    environment = dict(os.environ)
+    if cache:
+        environment |= {"JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_ENABLE_COMPILATION_CACHE": "true"}
+        environment |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    return subprocess.Popen(
+        [sys.executable, "-c", code, str(unbroken / "data"), "--out", str(run), *KEPT],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+    )
+
+
+def wait_for(process, found):
+    """Look until something is found, as closely as can be."""
+    while not found():
+        assert process.poll() is None, process.stderr.read()
+
+
+SLOW = "import time; real = train._say_progress; train._say_progress = lambda *a: (real(*a), time.sleep(0.6))"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals are those of POSIX")
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
+def test_a_signal_leaves_the_state_of_the_last_call(unbroken, tmp_path, number, status):
+    run = tmp_path / "run"
+    process = started(unbroken, run, SLOW, "train.DUTY = 1e6")  # the first call alone is saved by itself
+    wait_for(process, lambda: (run / "train.log").exists() and "epoch 8/16" in (run / "train.log").read_text())
+    process.send_signal(number)
+    _, told = process.communicate()
+    assert process.returncode == status
+    assert f"ended by {number.name}; the same command goes on from epoch 8" in told.splitlines()[-1]
+    assert "Traceback" not in told
+    assert go_on(unbroken, run) == 0
+    assert outcome_of(run) == outcome_of(unbroken / "run")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals are those of POSIX")
+def test_a_second_signal_ends_the_run_though_the_save_hangs(unbroken, tmp_path):
+    run = tmp_path / "run"
+    hangs = "train.threading.Timer = lambda *a: type('Never', (), {'start': lambda self: None})()"
+    process = started(unbroken, run, SLOW, hangs, "train.stats.write_files = lambda *a: time.sleep(100)")
+    wait_for(process, lambda: (run / "train.log").exists() and "epoch 4/16" in (run / "train.log").read_text())
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.3)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    assert process.wait() == 130
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="cores cannot be chosen here")
+@pytest.mark.parametrize("cores", [1, 2])
+def test_kills_at_random_moments_change_no_bit_of_the_outcome(unbroken, tmp_path, cores):
+    """Five on each number of cores: two while a state is written, one just after, two at any time."""
+    own = f"import os; os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:{cores}])"
+    cache, run, random = tmp_path / "cache", tmp_path / "run", np.random.default_rng(cores)
+    whole = started(unbroken, tmp_path / "whole", own, cache=cache)
+    assert whole.wait() == 0, whole.stderr.read()
+    for moment in ("writing", "any", "renamed", "writing", "any"):
+        process = started(unbroken, run, own, SLOW, cache=cache)
+        before = {path: path.stat().st_mtime_ns for path in run.glob("state-*.bin")}
+        if moment == "writing":
+            wait_for(process, lambda: list(run.glob(".state*")))
+        elif moment == "renamed":
+            wait_for(process, lambda b=before: {p: p.stat().st_mtime_ns for p in run.glob("state-*.bin")} != b)
+        else:
+            time.sleep(random.uniform(0, 3))
+        process.kill()
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL
+    resumes = bool(list(run.glob("state-*.bin")))
+    final = started(unbroken, run, own, cache=cache)
+    told = final.communicate()[1]
+    assert final.returncode == 0, told
+    assert ("GOING ON from" in told) == resumes
+    assert outcome_of(run) == outcome_of(tmp_path / "whole")
+    assert {path.name for path in run.iterdir()} == ARTIFACTS
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("fault", [OSError(errno.ENOSPC, "No space left on device"), Killed()])
+def test_every_call_of_saving_the_state_may_fail(tmp_path, jax_stack, monkeypatch, fault):
+    """At each opening, write, fsync and rename in turn: an older state is whole, and the next save goes through."""
+
+    def progress(epoch):
+        return train.Progress(0, epoch, {"x": np.full(3, epoch, np.float32)}, None, [], [{"epoch": epoch}])
+
+    keeper = train.Keeper(tmp_path)
+    keeper._save(progress(4))
+    keeper._save(progress(8))
+    for number in itertools.count(1):
+        calls = []
+
+        def failing(real, number=number, calls=calls):
+            def call(*arguments, **named):
+                calls.append(real)
+                if len(calls) >= number:
+                    raise fault
+                return real(*arguments, **named)
+
+            return call
+
+        epoch = 8 + 4 * number
+        with monkeypatch.context() as patch:
+            for module, name in ((os, "fsync"), (os, "replace"), (os, "open"), (stats, "_parts"), (Path, "unlink")):
+                patch.setattr(module, name, failing(getattr(module, name)))
+            with contextlib.suppress(Killed):
+                keeper._save(progress(epoch))
+        found = [stats.read_checked_arrays(path) for path in tmp_path.glob("state-*.bin")]
+        assert len(found) == 2
+        newest, arrays = max(found, key=lambda pair: pair[0]["serial"])
+        assert newest["epoch"] in (epoch, epoch - 4)
+        assert (arrays["[0]['x']"] == newest["epoch"]).all()
+        if len(calls) < number:
+            break
+        keeper._save(progress(epoch))
+        keeper._serial = max(keeper._serial, newest["serial"])
+    assert number > 8
