@@ -1,3 +1,5 @@
+import errno
+import itertools
 import json
 import os
 import pathlib
@@ -330,6 +332,39 @@ def test_probabilities_sum_to_one_for_huge_logits():
     p = stats.probabilities(np.array([[1e4, 0, -1e4], [1, 1, 1]]))
     np.testing.assert_allclose(p.sum(-1), 1)
     np.testing.assert_allclose(p[1], 1 / 3)
+
+
+def test_each_call_of_replacing_files_may_fail_and_each_file_is_old_or_new(tmp_path, monkeypatch):
+    old, new = ({name: name.encode() * times for name in ("a", "b", "c")} for times in (10, 20))
+    stats.write_files(tmp_path, old)
+    for number in itertools.count(1):
+        calls = []
+
+        def failing(real, number=number, calls=calls):
+            def call(*arguments, **named):
+                calls.append(real)
+                if len(calls) == number:
+                    raise OSError(errno.ENOSPC, "No space left on device")
+                return real(*arguments, **named)
+
+            return call
+
+        with monkeypatch.context() as patch:
+            patch.setattr("builtins.open", failing(open))
+            for module, name in ((os, "fsync"), (os, "replace"), (stats, "_parts")):
+                patch.setattr(module, name, failing(getattr(module, name)))
+            error = None
+            try:
+                stats.write_files(tmp_path, new)
+            except OSError as caught:
+                error = caught
+        assert {path.name for path in tmp_path.iterdir()} == set(old)
+        assert all((tmp_path / name).read_bytes() in (old[name], new[name]) for name in old)
+        if len(calls) < number:
+            break
+        assert error.errno == errno.ENOSPC
+        stats.write_files(tmp_path, old)
+    assert number > 12
 
 
 @pytest.mark.parametrize("place", ["magic", "head", "body", "digest"])
