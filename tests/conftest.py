@@ -1,11 +1,17 @@
+import atexit
 import os
+import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # nothing of the tests in the user's own cache
+# One program is compiled once for all tests and their processes, and nothing goes into the user's own cache.
+os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="compiled-")
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], True)
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 

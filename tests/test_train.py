@@ -898,6 +898,7 @@ def test_the_platform_is_chosen_with_a_reason(gpu, fault, has_cuda, asked, platf
 
 @pytest.mark.skipif(os.name != "posix", reason="rights are those of POSIX")
 def test_compiled_programs_are_kept_where_nobody_else_can_write(jax_stack, tmp_path, monkeypatch, caplog):
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     caplog.set_level("INFO")
     kept = []
@@ -1341,20 +1342,15 @@ def test_a_second_run_on_one_folder_exits_before_jax_and_names_the_first(unbroke
     assert {name: (broken / name).read_bytes() for name in before} == before
 
 
-def started(unbroken, run, *more, cache=None):
-    """Start a run as a process of its own, with all calls saved, and a cache of compiled programs if one is given."""
+def started(unbroken, run, *more):
+    """Start a run as a process of its own, with all calls saved."""
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import train; train.DUTY = 0\n{chr(10).join(more)}"
     code += "\nimport check_data; status = check_data.guarded(train.main); import os; os._exit(status)"
-    environment = dict(os.environ)
-    if cache:
-        environment |= {"JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_ENABLE_COMPILATION_CACHE": "true"}
-        environment |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     return subprocess.Popen(
         [sys.executable, "-c", code, str(unbroken / "data"), "--out", str(run), *KEPT],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env=environment,
     )
 
 
@@ -1400,11 +1396,11 @@ def test_a_second_signal_ends_the_run_though_the_save_hangs(unbroken, tmp_path):
 def test_kills_at_random_moments_change_no_bit_of_the_outcome(unbroken, tmp_path, cores):
     """Five on each number of cores: two while a state is written, one just after, two at any time."""
     own = f"import os; os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:{cores}])"
-    cache, run, random = tmp_path / "cache", tmp_path / "run", np.random.default_rng(cores)
-    whole = started(unbroken, tmp_path / "whole", own, cache=cache)
+    run, random = tmp_path / "run", np.random.default_rng(cores)
+    whole = started(unbroken, tmp_path / "whole", own)
     assert whole.wait() == 0, whole.stderr.read()
     for moment in ("writing", "any", "renamed", "writing", "any"):
-        process = started(unbroken, run, own, SLOW, cache=cache)
+        process = started(unbroken, run, own, SLOW)
         before = {path: path.stat().st_mtime_ns for path in run.glob("state-*.bin")}
         if moment == "writing":
             wait_for(process, lambda: list(run.glob(".state*")))
@@ -1416,7 +1412,7 @@ def test_kills_at_random_moments_change_no_bit_of_the_outcome(unbroken, tmp_path
         process.communicate()
         assert process.returncode == -signal.SIGKILL
     resumes = bool(list(run.glob("state-*.bin")))
-    final = started(unbroken, run, own, cache=cache)
+    final = started(unbroken, run, own)
     told = final.communicate()[1]
     assert final.returncode == 0, told
     assert ("GOING ON from" in told) == resumes
