@@ -1,13 +1,10 @@
 #!/bin/sh
 # Train on a rented GPU machine over ssh:
-#
 #     ./remote.sh deploy HOST DIR [train.py options]    copy the scripts and DIR, set up, start a detached run
 #     ./remote.sh monitor HOST [-f]                     verdict, GPU, epoch, metrics, last lines; -f follows to the end
 #     ./remote.sh download HOST [DEST]                  model, statistics, metrics and logs, verified by checksum
-#
 # HOST is whatever `ssh HOST` understands: ports, keys and jump hosts belong in ssh's own configuration. A DIR that is
 # not here is a folder on HOST. All is in ~/speech-emotion-trainer there, and nothing of it is ever deleted.
-#
 # Exit status: 0 done, or the run has finished; 1 failed; 2 wrong use; 3 running (a second deploy changes nothing);
 # 4 stalled; 5 unhealthy (NaN or Inf); 6 killed; 7 not deployed; 255 unreachable.
 
@@ -18,18 +15,14 @@ base=speech-emotion-trainer
 sha256=sha256sum
 command -v sha256sum >/dev/null || sha256='shasum -a 256'
 
-shown() { # standard input without what steers a terminal: control characters, those of UTF-8, changes of direction
-    tr '\000-\010\013-\037\177' '?' | sed "$(printf 's/\302[\200-\237]/?/g;s/\342\200[\252-\256]/?/g;s/\342\201[\246-\251]/?/g')"
+shown() { # standard input without what steers a terminal: control characters, UTF-8's too, changes of direction
+    tr '\000-\010\013-\037\177' '?' |
+        sed "$(printf 's/\302[\200-\237]/?/g;s/\342\200[\252-\256]/?/g;s/\342\201[\246-\251]/?/g')"
 }
 
 die() { # STATUS TEXT
     printf 'remote.sh: %s\n' "$2" | shown >&2
     exit "$1"
-}
-
-usage() {
-    sed -n '2,/^$/s/^# \{0,1\}//p' "$0" >&2
-    exit 2
 }
 
 connect() { # one private connection for all calls; rsync goes through the same file, and so never parses HOST
@@ -38,9 +31,7 @@ connect() { # one private connection for all calls; rsync goes through the same 
     esac
     tmp=$(mktemp -d /tmp/remote.XXXXXX) || exit 1 # a short path: that of a socket may have some 100 characters
     trap '[ ! -S "$tmp/socket" ] || ssh -o ControlPath="$tmp/socket" -O exit -- "$host" 2>/dev/null; rm -rf "$tmp"' EXIT
-    trap 'exit 129' HUP
-    trap 'exit 130' INT
-    trap 'exit 143' TERM
+    trap 'exit 129' HUP && trap 'exit 130' INT && trap 'exit 143' TERM
     cat >"$tmp/ssh" <<END
 shift # the name that rsync gives the host
 exec ssh -aTx -o BatchMode=yes -o StrictHostKeyChecking=accept-new -o ClearAllForwardings=yes -o RemoteCommand=none \\
@@ -63,15 +54,15 @@ far() {
         done
     } >"$tmp/program"
     { wc -c <"$tmp/program" && cat "$tmp/program" -; } 2>/dev/null |
-        sh "$tmp/ssh" far "exec sh -c 'read -r size; eval \"\$(dd bs=1 count=\$size 2>/dev/null)\"'"
+        sh "$tmp/ssh" far "exec sh -c 'read -r n; eval \"\$(dd bs=\$n count=1 iflag=fullblock 2>/dev/null)\"'"
 }
 
-# upload NAME FOLDER ITEM...: copy these items of FOLDER, and set `there` to their folder on the far side. Its name ends
-# in a checksum of the content: versions never mix, the next deploy finds what has arrived, a run keeps what it began with.
+# upload NAME FOLDER ITEM...: copy these items of FOLDER, and set `there` to their folder on the far side. It is named
+# after a checksum of the content: versions never mix, a second deploy finds what has arrived, a run keeps its own.
 upload() {
     name=$(printf %s "$1" | tr -c 'A-Za-z0-9._-' _ | sed 's/^[.-]/_/' | cut -c 1-100) folder=$2
     shift 2
-    # shellcheck disable=SC2086 # a command with its options
+    # shellcheck disable=SC2086 # a command and its options
     (cd -- "$folder" && find -L "$@" -type f -exec $sha256 {} +) >"$tmp/found" ||
         echo "remote.sh: what cannot be read is left out" >&2
     [ -s "$tmp/found" ] || die 2 "there is no file to read in $folder"
@@ -91,7 +82,7 @@ upload() {
     die 1 "these did not arrive whole: $(head -n 20 "$tmp/wrong")"
 }
 
-deploy() { # ARGUMENT... of train.py; the folders and the file that it reads are copied if they are here
+deploy() { # ARGUMENT... of train.py
     far check </dev/null || exit
     upload scripts "$(dirname -- "$0")" ./emotions.py ./stats.py ./check_data.py ./train.py ./requirements.txt ./remote.sh
     scripts=$there previous='' directory='' out='' prefix=''
@@ -103,8 +94,10 @@ deploy() { # ARGUMENT... of train.py; the folders and the file that it reads are
             -*) ;;
             *) case $previous in
                 --out) out=$argument ;;
-                '' | [!-]* | --*=* | --labels | --predict | --transpose | --nan-to-zero | --sweep | --no-compile-cache | \
-                    --recompute-stats) send "$argument" ;;
+                --labels) send "$argument" ;;
+                --predict) send "$argument" && prefix=predict- ;;
+                '' | [!-]* | --*=* | --transpose | --nan-to-zero | --sweep | --no-compile-cache | --recompute-stats)
+                    send "$argument" && directory=$there ;;
             esac ;;
         esac
         set -- "$@" "$there"
@@ -114,35 +107,26 @@ deploy() { # ARGUMENT... of train.py; the folders and the file that it reads are
     far start "$scripts" "$directory" "${out:-runs/$prefix$(basename -- "$directory")}" "$@" </dev/null
 }
 
-send() { # DIR, or the file of --labels, or the folder of --predict
+send() { # PATH of a folder or file that train.py reads; if it is here, copy it and set `there`
     case $1 in /*) path=$1 ;; *) path=./$1 ;; esac
     if [ -d "$path" ]; then
         full=$(cd -- "$path" && pwd -P) || exit 1
         upload "${full##*/}" "$path" .
     elif [ -f "$path" ]; then
-        upload labels "$(dirname -- "$path")" "./${path##*/}"
+        upload file "$(dirname -- "$path")" "./${path##*/}"
         there=$there/${path##*/}
     fi
-    case $previous in
-        --predict) prefix=predict- ;;
-        --labels) ;;
-        *) directory=$there ;;
-    esac
 }
 
-monitor() { # [-f]
-    skip=-10
-    while [ "${1-}" = -f ]; do
-        far follow "$skip" </dev/null >"$tmp/said"
+monitor() { # [-f]: then again and again until the run has ended, each time only the lines that are new
+    : >"$tmp/seen"
+    while :; do
+        far report </dev/null >"$tmp/said"
         status=$?
-        sed '$d' "$tmp/said" | shown && skip=$(tail -n 1 "$tmp/said")
-        case $status in 3 | 4 | 5) sleep 2 ;; *) break ;; esac
+        [ "$status" -ne 255 ] || echo unreachable >"$tmp/said"
+        grep -v -x -F -f "$tmp/seen" "$tmp/said" | shown
+        case ${1-}:$status in -f:[345]) sleep 5 && cp "$tmp/said" "$tmp/seen" ;; *) exit "$status" ;; esac
     done
-    far report "${1-}" </dev/null >"$tmp/said"
-    status=$?
-    shown <"$tmp/said"
-    [ "$status" -ne 255 ] || echo "unreachable"
-    exit "$status"
 }
 
 download() { # [DEST]
@@ -155,7 +139,7 @@ download() { # [DEST]
         dest=${dest%/} part=${dest%/}.part
         [ -e "$dest/manifest.sha256" ] || [ -z "$(ls -A -- "$dest" 2>/dev/null)" ] ||
             die 2 "$dest holds other things: name another folder"
-        mkdir -p -- "$dest" "$part" || exit 1
+        mkdir -p -- "$part" || exit 1
         if [ "$way" = tar ]; then
             rm -f -- "$part/manifest.sha256"
             far pack </dev/null | (cd -- "$part" && tar -x -o -f -)
@@ -171,13 +155,13 @@ download() { # [DEST]
         [ -s "$tmp/wrong" ] || break
     done
     [ ! -s "$tmp/wrong" ] || die 1 "these did not arrive whole: $(cat "$tmp/wrong")"
-    cp "$tmp/manifest" "$part/manifest.sha256" && mv -f -- "$part/manifest.sha256" "$dest/" || exit 1
+    mkdir -p -- "$dest" && cp "$tmp/manifest" "$dest/manifest.sha256" || exit 1
     while read -r sum name; do mv -f -- "$part/$name" "$dest/" || exit 1; done <"$tmp/manifest"
     rmdir -- "$part"
-    die 0 "verified $(cut -c 67- "$tmp/manifest" | tr '\n' ' ')in $dest"
+    printf '%s\n' "verified in $dest:" "$(cut -c 67- "$tmp/manifest")" | shown
 }
 
-# --- the far side: functions that run there, in the folder that deploy makes ----------------------------------------
+# --- the far side: functions that run there, in the folder that deploy makes ------------------------------------------
 
 umask 077
 
@@ -189,7 +173,12 @@ check() {
     for tool in python3 flock setsid sha256sum tar awk; do
         command -v "$tool" >/dev/null || { echo "$tool is needed on the far side" >&2 && exit 1; }
     done
-    ! locked || { echo "a run is going on there: nothing was changed" >&2 && exit 3; }
+    ! locked || busy
+}
+
+busy() {
+    echo "a run is going on there: nothing was changed" >&2
+    exit 3
 }
 
 verify() { # FOLDER; the manifest is standard input
@@ -205,24 +194,24 @@ unpack() { # FOLDER; the archive is standard input
 start() { # SCRIPTS DIR OUT ARGUMENT... of train.py
     [ -d "$2" ] || { echo "DIR is a folder neither here nor there" >&2 && exit 2; }
     exec 9>>lock
-    flock -n 9 || { sleep 1 && flock -n 9; } || check # a monitor that looks holds it for an instant
+    flock -n 9 || { sleep 1 && flock -n 9; } || busy # a monitor that looks holds it for an instant
     mkdir -p -- "$3" && ln -sfn -- "$3" current || exit 1
     [ ! -e status ] || mv status status.last
     echo set-up >step && date >started
     scripts=$1 out=$3
     shift 3
     setsid nohup sh "$scripts/remote.sh" launch "$scripts" "$@" --out "$out" </dev/null >>current/remote.log 2>&1 &
-    echo "started" # with its own session and no stream of the connection, it outlives that
+    echo started # with a session of its own and no stream of the connection, it outlives that
 }
 
 launch() { # SCRIPTS ARGUMENT... of train.py; the lock is on descriptor 9
     scripts=$1
     shift
-    echo "== $(date): train.py $*"
+    echo "== $(date): train.py $*" && echo $$ >pid
     {
-        cmp -s "$scripts/requirements.txt" venv/requirements.txt || {
+        cmp -s "$scripts/requirements.txt" venv/requirements.txt || { # copied there last: these are installed
             python3 -m venv venv && venv/bin/python -m pip install -r "$scripts/requirements.txt" &&
-                cp "$scripts/requirements.txt" venv/ # last: these are installed
+                cp "$scripts/requirements.txt" venv/
         }
     } && {
         echo training >step
@@ -237,29 +226,21 @@ fresh() { # FILE of the run, if it is of this start and not of an earlier one
     find "current/$1" -newer started 2>/dev/null | grep -q .
 }
 
-history() { # the last epoch in a line; status 5 where the last row of a fold and seed has a NaN or Inf
-    awk -F , '
-        function field(name) { return $(NF + place[name]) } # from the end: a setting may hold commas
-        NR == 1 { for (i = 1; i <= NF; i++) place[$i] = i - NF; next }
+broken() { # whether the last row of a fold and seed has a NaN or Inf; places from the end: a setting may hold commas
+    fresh history.csv && awk -F , '
+        NR == 1 { for (i = 1; i <= NF; i++) at[$i] = i - NF; next }
         {
-            member = field("fold") "," field("seed")
-            for (i = 1; i < NF + place["epoch"]; i++) member = member "," $i
-            bad[member] = field("loss") field("gradient_norm") field("validation_loss") !~ /^[-+.0-9e]*$/
-            skipped[member] = field("skipped")
-            if (epoch != field("epoch")) rows = loss = ua = 0
-            epoch = field("epoch"); rows++; loss += field("loss"); ua += field("validation_ua")
+            member = $(NF + at["fold"]) "," $(NF + at["seed"])
+            for (i = 1; i < NF + at["epoch"]; i++) member = member "," $i
+            numbers = $(NF + at["loss"]) $(NF + at["gradient_norm"]) $(NF + at["validation_loss"])
+            bad[member] = numbers !~ /^[-+.0-9e]*$/
         }
-        END {
-            for (member in bad) { worst += bad[member]; steps += skipped[member] }
-            if (rows) printf "epoch      %d  loss %.3f  validation UA %.3f  ", epoch, loss / rows, ua / rows
-            if (rows) printf "%d models with NaN or Inf, %d steps skipped\n", worst, steps
-            exit worst ? 5 : 0
-        }' current/history.csv
+        END { for (member in bad) worst += bad[member]; exit !worst }' current/history.csv
 }
 
 judge() { # set verdict and status
-    if locked; then alive=yes; else alive=''; fi # before the exit status is looked for: that is written first
-    verdict=running status=3 code=''
+    verdict=running status=3 code='' alive=yes
+    locked || alive='' # asked before the status is looked for: that is written first
     [ ! -e status ] || read -r code <status
     if [ ! -e started ]; then
         verdict='not deployed' status=7
@@ -269,51 +250,40 @@ judge() { # set verdict and status
         verdict="failed $code" status=1
     elif [ -n "$code" ] || [ -z "$alive" ]; then
         verdict='killed: deploy again to resume' status=6
-    elif fresh history.csv && ! history >/dev/null; then
+    elif broken; then
         verdict='unhealthy: NaN or Inf' status=5
     elif [ -z "$(find current/remote.log current/train.log current/history.csv -mmin -15 2>/dev/null)" ]; then
-        verdict='stalled: not a line in 15 minutes' status=4
+        verdict='stalled: nothing written in 15 minutes' status=4
     fi
 }
 
 gpu() { # nvidia-smi may be missing, fail, or hang so that no signal ends it
     command -v nvidia-smi >/dev/null || { echo "no nvidia-smi" && return; }
-    answer=$(mktemp) || return
-    (
+    answer=$(mktemp) tries=0
+    {
         timeout 5 nvidia-smi --query-gpu=name,utilization.gpu,memory.used,memory.total --format=csv,noheader
         echo "status $?"
-    ) </dev/null >"$answer" 2>&1 &
-    tries=0
-    until grep -q '^status ' "$answer" || [ "$((tries += 1))" -gt 60 ]; do sleep 0.1; done
-    grep -q '^status ' "$answer" || echo "status 124" >>"$answer"
+    } </dev/null >"$answer" 2>&1 &
+    until grep -q '^status ' "$answer" || [ "$tries" -eq 60 ]; do sleep 0.1 && tries=$((tries + 1)); done
+    [ "$tries" -lt 60 ] || echo "status 124" >>"$answer"
     sed '/^status 0$/d;s/^status 124$/nvidia-smi hangs/;s/^status /nvidia-smi failed: /' "$answer"
     rm -f "$answer"
 }
 
-report() { # [-f]: after the log has been followed it is not repeated
+report() {
     judge
     echo "$verdict"
     [ "$status" -ne 7 ] || exit 7
     echo "$(cat step) since $(cat started), pid $(cat pid 2>/dev/null)"
-    gpu | sed 's/^/GPU        /'
-    ! fresh history.csv || history
-    ! fresh train.log || sed -n 's/^epoch .*, \(.* left\)$/ETA        \1/p' current/train.log | tail -n 1
-    ! fresh metrics.json || sed -n 's/^  "\([a-z_0-9]*ua\|wa\|macro_f1\)": \([0-9.]*\),*$/metrics    \1 \2/p' current/metrics.json
-    [ -n "$1" ] || tail -n 10 current/remote.log | cut -c 1-300
+    gpu | sed 's/^/GPU: /'
+    ! fresh train.log || grep '^epoch ' current/train.log | tail -n 1
+    ! fresh metrics.json ||
+        sed -n 's/^  "\(ua\|wa\|macro_f1\|chance_ua\)": \([0-9]*\.[0-9]\{1,4\}\).*/\1 \2/p' current/metrics.json
+    tail -n 10 current/remote.log | cut -c 1-300
     exit "$status"
 }
 
-follow() { # LINES that were shown, or -10 for the last ten; then how many there are
-    judge
-    total=$(wc -l <current/remote.log)
-    skip=$1
-    [ "$skip" -ge 0 ] || skip=$((total > 10 ? total - 10 : 0))
-    [ "$total" -le "$skip" ] || sed -n "$((skip + 1)),${total}p" current/remote.log
-    echo "$((total))"
-    exit "$status"
-}
-
-names() { # what a run leaves, but for its lock and its state
+names() { # what a run leaves, but for its state
     cd current && for name in *.npz *.npy *.json *.csv *.log; do
         case $name in state* | [!A-Za-z0-9_]* | *[!A-Za-z0-9._-]*) ;; *) [ ! -f "$name" ] || echo "$name" ;; esac
     done
@@ -327,16 +297,16 @@ manifest() {
 pack() { # the same as one archive, from a copy, because a run goes on writing; it ends in the manifest of the copy
     snapshot=$(mktemp -d) && trap 'rm -rf "$snapshot"' EXIT
     for name in $(names); do cp -p "current/$name" "$snapshot/"; done
-    manifest=$(cd "$snapshot" && sha256sum -- *) && cd "$snapshot" && echo "$manifest" >manifest.sha256 && tar -c -f - -- *
+    cd "$snapshot" && sums=$(sha256sum -- *) && echo "$sums" >manifest.sha256 && tar -c -f - -- *
 }
 
 # --- the call -------------------------------------------------------------------------------------------------------
 
-[ $# -ge 2 ] || usage
-command=$1 host=$2
-shift 2
-case $command:$#:${1-} in
-    launch:*) launch "$host" "$@" ;; # by start, on the far side
-    deploy:[!0]* | monitor:0: | monitor:1:-f | download:[01]:*) connect && "$command" "$@" ;;
-    *) usage ;;
+case $#:${1-}:${3-} in
+    [3-9]:launch:* | [1-9][0-9]*:launch:*) shift && launch "$@" ;; # by start, on the far side
+    [3-9]:deploy:* | [1-9][0-9]*:deploy:* | 2:monitor: | 3:monitor:-f | [23]:download:*)
+        command=$1 host=$2
+        shift 2
+        connect && "$command" "$@" ;;
+    *) sed -n '2,/^$/s/^# \{0,1\}//p' "$0" >&2 && exit 2 ;;
 esac

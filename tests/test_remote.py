@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 import train
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -68,8 +69,8 @@ class Machine:
         (folder / "sshd.conf").write_text(
             f"Port {self.port}\nListenAddress 127.0.0.1\nHostKey {folder}/host\nPidFile {folder}/pid\n"
             f"AuthorizedKeysFile {folder}/authorized\nUsePAM no\nStrictModes no\nPasswordAuthentication no\n"
-            f"SetEnv PATH={folder}/home/bin:{os.environ['PATH']}\n"
-            f"ForceCommand cd {folder}/home && eval \"$SSH_ORIGINAL_COMMAND\"\n"
+            f"SetEnv PATH={folder}/home/bin:{os.environ['PATH']} SHLVL=2\n"  # at level 2 bash reads no ~/.bashrc
+            f'ForceCommand cd {folder}/home && eval "$SSH_ORIGINAL_COMMAND"\n'
         )
         self.reach(self.port)
         (self.commands / "ssh").write_text(f'#!/bin/sh\nexec {TOOLS["ssh"]} -F {folder}/ssh.conf "$@"\n')
@@ -210,8 +211,8 @@ def test_the_real_scripts_train_there_after_a_kill_and_the_model_comes_back(side
     sides.deploy(*command)
     followed = sides.call("monitor", "gpu", "-f")
     assert followed.returncode == 0, followed.stdout
-    assert "finished" in followed.stdout
-    assert "metrics    ua 0." in followed.stdout
+    for line in ("finished", "epoch 2/2  loss ", "ua 0."):
+        assert f"\n{line}" in followed.stdout
     before = listing(sides.home)
     assert sides.call("download", "gpu", "got").returncode == 0
     assert listing(sides.home) == before
@@ -220,18 +221,487 @@ def test_the_real_scripts_train_there_after_a_kill_and_the_model_comes_back(side
     assert names >= {"skipped.csv", "train.log", "remote.log", "wav2vec_mean.npy", "wav2vec_std.npy"}
     with np.load(sides.near / "got/model.npz") as model:
         assert np.isfinite(model["params/Dense_0/kernel"]).all()
-    check = subprocess.run(["sha256sum", "-c", "manifest.sha256"], cwd=sides.near / "got", capture_output=True, check=False)
+    check = subprocess.run(
+        ["sha256sum", "-c", "manifest.sha256"], cwd=sides.near / "got", capture_output=True, check=False
+    )
     assert check.returncode == 0
 
 
 @pytest.mark.parametrize("shell", SHELLS)
 def test_every_shell_goes_the_whole_way(sides, shell):
-    sides.deploy(orders=FINISH, shell=shell)
+    name = f"$(touch canary)\n'{shell}"
+    (sides.near / "set").rename(sides.near / name)
+    sides.deploy(name, orders=FINISH, shell=shell)
+    sides.ended()
     assert sides.call("monitor", "gpu", "-f", shell=shell).returncode == 0
     assert sides.call("download", "gpu", shell=shell).returncode == 0
     (got,) = (sides.near / "runs/gpu").iterdir()
-    assert got.name.startswith("set-")
+    assert got.name.startswith("__touch_canary___")
+    assert_whole(got)
+    assert not list((sides.near / "runs").rglob("*.part"))
+    assert_harmless(sides)
+
+
+def assert_whole(got):
     for name, content in RESULTS.items():
         assert (got / name).read_bytes() == content
     assert not (got / "state.npz").exists()
-    assert not list((sides.near / "runs").rglob("*.part"))
+
+
+def assert_harmless(sides):
+    for side in (sides.near, sides.home):
+        assert not [path for path in side.rglob("*") if path.name.startswith("canary")]
+
+
+def test_busybox_is_enough_on_the_near_side(sides, tmp_path):
+    busybox = shutil.which("busybox")
+    if busybox is None:
+        pytest.skip("busybox is not installed here")
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    names = subprocess.run([busybox, "--list"], capture_output=True, text=True, check=True).stdout.split()
+    for name in {"busybox", *names}:
+        (tools / name).symlink_to(busybox)
+    sides.path = f"{sides.machine.commands}:{tools}"
+    sides.deploy(orders=FINISH, shell="busybox ash")
+    sides.ended()
+    done = sides.call("download", "gpu", "got", shell="busybox ash")
+    assert done.returncode == 0, done.stderr
+    assert_whole(sides.near / "got")
+
+
+# --- the verdicts ---
+
+
+def verdict(sides, *arguments):
+    done = sides.call("monitor", "gpu", *arguments)
+    return done.returncode, done.stdout.split("\n")[0]
+
+
+def test_a_run_is_running_then_stalled_then_unhealthy_then_finished(sides):
+    sides.orders("print('nan banana', file=log)\n(run / 'history.csv').write_text('')\nwait()\n" + FINISH)
+    assert verdict(sides) == (7, "not deployed")
+    sides.deploy()
+    until(lambda: (sides.run / "history.csv").exists())
+    assert verdict(sides) == (3, "running")
+
+    before = listing(sides.home)
+    refused = sides.deploy("set", "--epochs", "3", status=3)
+    assert "nothing was changed" in refused.stderr
+    assert listing(sides.home) == before
+
+    for row, expected in [
+        ("1,1,0,1.5,0.5,1.25,0.5,0.0\n", 3),
+        ("1,1,0,nan,0.5,1.25,0.5,1.0\n", 5),
+        ("1,1,0,1.5,inf,1.25,0.5,1.0\n", 5),
+        ("1,1,0,nan,0.5,1.25,0.5,1.0\n2,1,0,1e-05,0.5,1.25,nan,1.0\n", 3),  # it has recovered; no UA is not its fault
+        ("1,1,0,1.5,0.5,nan,0.5,0.0\n1,1,1,1.5,0.5,1.25,0.5,0.0\n2,1,1,1.5,0.5,1.25,0.5,0.0\n", 5),  # it stopped so
+    ]:
+        (sides.run / "history.csv").write_text(HEADER + row)
+        assert verdict(sides)[0] == expected, row
+    (sides.run / "history.csv").write_text(
+        f'setting,{HEADER}"a, b",1,1,0,nan,0.5,1.25,0.5,1.0\n"a, c",1,1,0,1.5,0.5,1.25,0.5,1.0\n'
+    )
+    assert verdict(sides) == (5, "unhealthy: NaN or Inf")
+
+    (sides.run / "history.csv").write_text(HEADER)
+    for name in ("history.csv", "train.log", "remote.log"):
+        os.utime(sides.run / name, (time.time() - 3600,) * 2)
+    assert verdict(sides)[0] == 4
+
+    threading.Timer(1, (sides.home / "go").touch).start()
+    done = sides.call("monitor", "gpu", "-f")
+    assert done.returncode == 0
+    for line in ("finished", "epoch 1/1  loss 1.250", "ua 0.75", "wa 0.5", "macro_f1 0.625"):
+        assert f"\n{line}" in done.stdout
+    assert done.stdout.count("== ") == 1  # what has been shown is not repeated
+    assert "ua 0.1" not in done.stdout
+    (sides.run / "history.csv").write_text(HEADER + "1,1,0,nan,0.5,1.25,0.5,1.0\n")
+    assert verdict(sides) == (0, "finished")
+
+
+def test_a_failed_run_tells_its_status_and_its_last_words_harmlessly(sides):
+    words = "\x1b[2J\x07\x9b2J\u202ekcab\r\x7f\x08 naïve ─ end"
+    sides.deploy(orders=f"print({words!r}, flush=True)\nprint('epoch 1/2 ' + {words!r}, file=log)\nsys.exit(3)")
+    sides.ended()
+    done = sides.call("monitor", "gpu")
+    assert done.returncode == 1
+    assert done.stdout.startswith("failed 3\n")
+    assert done.stdout.count("naïve ─ end\n") == 2
+    assert not set(done.stdout) & set("\x1b\x07\x9b\u202e\r\x7f\x08")
+    assert sides.call("download", "gpu", "got").returncode == 0  # its log is what one wants then
+    assert "naïve" in (sides.near / "got/remote.log").read_text()
+
+
+def test_after_kill_9_the_same_deploy_resumes(sides):
+    sides.deploy(orders="(run / 'state.npz').write_text('half')\nwait()")
+    until(lambda: (sides.run / "state.npz").exists())
+    pid = int((sides.base / "pid").read_text())
+    launcher = int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
+    os.kill(launcher, signal.SIGKILL)
+    until(lambda: not Path(f"/proc/{launcher}/cmdline").exists() or not Path(f"/proc/{launcher}/cmdline").read_bytes())
+    assert verdict(sides)[0] == 3  # the training itself goes on, and holds the lock
+    sides.deploy(status=3)
+    os.kill(pid, signal.SIGKILL)
+    until(lambda: not sides.locked())
+    assert verdict(sides) == (6, "killed: deploy again to resume")
+    place = sides.run.resolve()
+    sides.deploy(orders="assert (run / 'state.npz').read_text() == 'half'\n" + FINISH)
+    sides.ended()
+    assert verdict(sides)[0] == 0
+    assert sides.run.resolve() == place
+
+
+def test_a_machine_that_does_not_answer_is_unreachable(sides):
+    sides.machine.reach(1)
+    for arguments in (("deploy", "gpu", "set"), ("monitor", "gpu"), ("monitor", "gpu", "-f"), ("download", "gpu")):
+        done = sides.call(*arguments)
+        assert done.returncode == 255
+        assert "Connection refused" in done.stderr
+        assert ("unreachable" in done.stdout) == (arguments[0] == "monitor")
+
+
+def test_a_changed_host_key_stops_everything(sides):
+    key = (sides.machine.folder / "other.pub").read_text()
+    (sides.machine.folder / "changed").write_text(f"gpu {key}")
+    sides.machine.reach(sides.machine.port, known="changed")
+    before = listing(sides.home)
+    for arguments in (("deploy", "gpu", "set"), ("monitor", "gpu", "-f"), ("download", "gpu")):
+        done = sides.call(*arguments)
+        assert done.returncode == 255
+        assert "IDENTIFICATION HAS CHANGED" in done.stderr
+    assert listing(sides.home) == before
+
+
+def test_nvidia_smi_may_be_missing_failing_or_hanging(sides):
+    sides.deploy(orders="")
+    sides.ended()
+    smi = sides.home / "bin/nvidia-smi"
+    if shutil.which("nvidia-smi") is None:
+        assert "\nGPU: no nvidia-smi\n" in sides.call("monitor", "gpu").stdout
+    for program, told in [
+        ("echo 'H100, 35 %, 1200 MiB, 81559 MiB'", "GPU: H100, 35 %, 1200 MiB, 81559 MiB\n"),
+        ("echo 'No devices were found'\nexit 9", "GPU: No devices were found\nGPU: nvidia-smi failed: 9\n"),
+        ("trap '' TERM\nsleep 9", "GPU: nvidia-smi hangs\n"),  # not even a signal ends it
+    ]:
+        sides.program(smi, program)
+        done = sides.call("monitor", "gpu")
+        assert done.returncode == 0
+        assert f"\n{told}" in done.stdout
+
+
+# --- what is copied ---
+
+
+def test_train_py_gets_its_arguments_with_the_far_side_s_paths(sides):
+    (sides.near / "my labels.csv").write_text("file,emotion,speaker\n")
+    (sides.near / "happy").mkdir()  # the name of a class, and no folder to copy
+    orders = "import json\npathlib.Path('../argv').write_text(json.dumps(sys.argv[1:]))"
+    command = (
+        "--epochs",
+        "3",
+        "--classes",
+        "happy",
+        "--sweep",
+        "set",
+        "--labels",
+        "my labels.csv",
+        "--merge",
+        "it's=a b\n",
+    )
+    sides.deploy(*command, orders=orders)
+    sides.ended()
+    given = json.loads((sides.home / "argv").read_text())
+    assert given[:5] == ["--epochs", "3", "--classes", "happy", "--sweep"]
+    data, labels, out = given[5], given[7], given[-1]
+    assert same_files(sides.near / "set", sides.base / data)
+    assert (sides.base / labels).read_text() == "file,emotion,speaker\n"
+    assert given[8:] == ["--merge", "it's=a b\n", "--out", out]
+    assert out == f"runs/{Path(data).name}"
+    there = "../data there"
+    (sides.base / there).mkdir()
+    sides.deploy("--out", "runs/mine", there, status=0)
+    sides.ended()
+    assert json.loads((sides.home / "argv").read_text()) == ["--out", "runs/mine", there, "--out", "runs/mine"]
+    assert "neither here nor there" in sides.deploy("missing", status=2).stderr
+    assert "needs DIR" in sides.deploy("--epochs", "3", status=2).stderr
+
+
+def same_files(one, other):
+    def contents(folder):
+        return {
+            os.fsencode(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()
+        }
+
+    return contents(one) == contents(other)
+
+
+def test_every_option_of_train_py_without_a_value_is_known():
+    flags = {f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(train.Config) if field.type is bool}
+    (line,) = [line for line in (ROOT / "remote.sh").read_text().split("\n") if "--sweep" in line]
+    assert {word for word in line.strip(" )").split(" | ") if word.startswith("--")} == flags | {"--*=*"}
+
+
+def test_a_new_environment_is_made_once_and_its_failure_is_told(sides):
+    (sides.base / "venv").rename(sides.base / "old")
+    sides.program(
+        sides.home / "bin/python3",
+        f'[ "$*" = "-m venv venv" ] || exec {sys.executable} "$@"\n'
+        '[ -e ../ready ] || { echo "no ensurepip" && exit 1; }\nmkdir -p venv/bin && cp ../python venv/bin/',
+    )
+    sides.program(
+        sides.home / "python",
+        f'[ "$2" != -m ] && [ "$1" != -m ] || exec echo "$@" >>../installed\nexec {sys.executable} "$@"',
+    )
+    sides.deploy(orders="")
+    sides.ended()
+    done = sides.call("monitor", "gpu")
+    assert (done.returncode, done.stdout.split("\n")[0]) == (1, "failed 1")
+    assert "\nset-up since" in done.stdout
+    assert "no ensurepip" in done.stdout
+    (sides.home / "ready").touch()
+    for _ in range(2):
+        sides.deploy()
+        sides.ended()
+        assert verdict(sides)[0] == 0
+    (line,) = (sides.home / "installed").read_text().splitlines()
+    assert line.startswith("-m pip install -r data/scripts-")
+
+
+DAMAGE = """{real} "$@"
+status=$?
+for file in {pattern}; do
+    if [ -f "$file" ] && {condition}; then
+        touch -r "$file" {folder}/time && printf X | dd of="$file" bs=1 seek=7 conv=notrunc 2>/dev/null
+        touch -r {folder}/time "$file" && echo >>{folder}/damaged
+    fi
+done
+exit $status"""
+
+
+def damaging(sides, name, pattern, condition="true"):
+    """Put a program in front of the real one that damages what it copied, and leaves size and time as they were."""
+    real = shutil.which(name)
+    text = DAMAGE.format(real=real, pattern=pattern, condition=condition, folder=sides.home.parent)
+    sides.program(sides.machine.commands / name, text)
+
+
+@pytest.fixture
+def rsync(sides, tmp_path):
+    """Make rsync work, fail, go missing, or damage files."""
+    if shutil.which("rsync") is None:
+        pytest.skip("rsync is not installed here")
+
+    def choose(kind, pattern):
+        if kind == "failing":
+            sides.program(sides.machine.commands / "rsync", "echo 'unknown option' >&2\nexit 1")
+        elif kind == "absent":
+            (tmp_path / "tools").mkdir(exist_ok=True)
+            for folder in reversed(os.environ["PATH"].split(":")):
+                for path in Path(folder).glob("*"):
+                    if path.name != "rsync" and not (tmp_path / "tools" / path.name).is_symlink():
+                        (tmp_path / "tools" / path.name).symlink_to(path)
+            sides.path = f"{sides.machine.commands}:{tmp_path}/tools"
+        elif kind == "damaging once":
+            damaging(sides, "rsync", pattern, f"[ ! -e {tmp_path}/damaged ]")
+        elif kind != "working":
+            damaging(sides, "rsync", pattern)
+
+    yield choose
+    for name in ("rsync", "tar"):
+        (sides.machine.commands / name).unlink(missing_ok=True)
+
+
+@pytest.mark.parametrize("kind", ["working", "failing", "absent", "damaging once", "damaging"])
+def test_files_arrive_whole_whatever_rsync_does(sides, rsync, tmp_path, kind):
+    rsync(kind, f"{sides.base}/data/set-*/1.npz")
+    sides.deploy(orders=FINISH)
+    assert (tmp_path / "damaged").exists() == kind.startswith("damaging")
+    (data,) = (sides.base / "data").glob("set-*")
+    assert same_files(sides.near / "set", data)
+    sides.ended()
+    (tmp_path / "damaged").unlink(missing_ok=True)
+    rsync(kind, "got.part/model.npz")
+    assert sides.call("download", "gpu", "got").returncode == 0
+    assert (tmp_path / "damaged").exists() == kind.startswith("damaging")
+    assert_whole(sides.near / "got")
+
+
+def test_what_no_way_brings_whole_is_named_and_not_used(sides, rsync):
+    sides.deploy(orders=FINISH)
+    sides.ended()
+    rsync("damaging", "model.npz got.part/model.npz")
+    damaging(sides, "tar", "model.npz got.part/model.npz")
+    done = sides.call("download", "gpu", "got")
+    assert done.returncode == 1
+    assert done.stderr.endswith("did not arrive whole: model.npz\n")
+    assert not (sides.near / "got").exists()
+
+
+def test_a_download_never_overwrites_what_is_not_its_own(sides):
+    sides.deploy(orders=FINISH)
+    sides.ended()
+    (sides.near / "mine").mkdir()
+    (sides.near / "mine/model.npz").write_text("precious")
+    assert sides.call("download", "gpu", "mine").returncode == 2
+    assert (sides.near / "mine/model.npz").read_text() == "precious"
+
+
+def test_a_run_may_go_on_writing_while_it_is_downloaded(sides):
+    writing = "while not pathlib.Path('../go').exists():\n    print('x' * 99, file=log)\n    time.sleep(0.001)\n"
+    sides.deploy(orders="(run / 'history.csv').write_text('x')\n" + writing)
+    until(lambda: (sides.run / "history.csv").exists())
+    done = sides.call("download", "gpu", "got")
+    assert done.returncode == 0, done.stderr
+    log = (sides.near / "got/train.log").read_bytes()
+    assert (sides.run / "train.log").read_bytes().startswith(log)
+
+
+# --- cut connections ---
+
+
+class Cut:
+    """A way to the machine that is cut for good after so many bytes."""
+
+    def __init__(self, port, limit):
+        self.port, self.left, self.passed = port, limit, 0
+        self.lock = threading.Lock()
+        self.server = socket.create_server(("127.0.0.1", 0))
+        threading.Thread(target=self.accept, daemon=True).start()
+
+    def accept(self):
+        while True:
+            try:
+                near, _ = self.server.accept()
+            except OSError:
+                return
+            if self.left <= 0:
+                near.close()
+                continue
+            far = socket.create_connection(("127.0.0.1", self.port))
+            for one, other in ((near, far), (far, near)):
+                threading.Thread(target=self.pump, args=(one, other), daemon=True).start()
+
+    def pump(self, one, other):
+        try:
+            while data := one.recv(4096):
+                with self.lock:
+                    data = data[: max(0, self.left)]
+                    self.left -= len(data)
+                    self.passed += len(data)
+                other.sendall(data)
+                if self.left <= 0:
+                    break
+        except OSError:
+            pass
+        for end in (one, other):
+            try:
+                end.shutdown(socket.SHUT_RDWR)
+            except OSError:
+                end.close()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.server.close()
+
+
+def through(sides, limit, *arguments):
+    with Cut(sides.machine.port, limit) as cut:
+        sides.machine.reach(cut.server.getsockname()[1])
+        done = sides.call(*arguments)
+        sides.machine.reach(sides.machine.port)
+    return done, cut
+
+
+def test_a_deploy_cut_at_any_moment_is_completed_by_the_next(sides):
+    sides.orders(FINISH)
+    total = 1 << 40
+    for part in range(5):
+        (sides.near / "set/0.npz").write_bytes(random.randbytes(200_000))
+        with (sides.near / "emotions.py").open("a") as file:
+            file.write(f"# {part}\n")
+        limit = total if part == 0 else int(total * (part - 1 + random.random()) / 4)
+        done, cut = through(sides, limit, "deploy", "gpu", "set")
+        if part == 0:
+            total = cut.passed - 2000  # the next may need a little less
+            assert done.returncode == 0
+        else:
+            assert done.returncode == 255, (limit, total, done.stderr)
+        if (sides.base / "lock").exists():
+            until(lambda: not sides.locked())
+        sides.deploy()
+        sides.ended()
+        assert (sides.base / "status").read_text() == "0\n"
+        words = (sides.run / "remote.log").read_text().split()
+        data = [word for word in words if word.startswith("data/set-")][-1]
+        assert same_files(sides.near / "set", sides.base / data)
+
+
+def test_a_download_cut_at_any_moment_leaves_no_damaged_file(sides):
+    sides.deploy(orders=FINISH)
+    sides.ended()
+    before = listing(sides.home)
+    total = 1 << 40
+    for part in range(5):
+        limit = total if part == 0 else int(total * (part - 1 + random.random()) / 4)
+        got = sides.near / f"got{part}"
+        done, cut = through(sides, limit, "download", "gpu", got.name)
+        if part == 0:
+            total = cut.passed - 2000
+            assert done.returncode == 0
+        elif done.returncode != 0:
+            assert done.returncode in (1, 255), (limit, total, done.stderr)
+            assert not got.exists()
+        assert sides.call("download", "gpu", got.name).returncode == 0
+        assert_whole(got)
+    assert listing(sides.home) == before
+
+
+# --- hostile names ---
+
+HOSTILE = (
+    r"""
+$(touch canary) | `touch canary` | ;touch canary; | &touch canary& | '; touch canary; ' | "; touch canary; "
+'$(touch canary)' | $(touch${IFS}canary) | <(touch canary) | >canary | -oProxyCommand=touch canary | -e touch canary | --rsh=touch canary
+user@-oProxyCommand=touch canary | -rf | -- | a:b | gpu:x | a b | * | ?[a]{b,c} | ~root | !! | # | %s%n | back\slash\n
+""".strip()
+    .replace("\n", " | ")
+    .split(" | ")
+    + ["a\ntouch canary\n", "|touch canary", "\x1b[2J\x07\x9b", "\u202e\udcff"]
+)
+
+
+def test_no_hostile_host_runs_a_command(sides):
+    assert len(HOSTILE) == 30
+    for host in ["", ".", *HOSTILE]:
+        done = sides.call("monitor", host)
+        plain = host and all(c.isascii() and (c.isalnum() or c in "@._:%+-") for c in host) and host[0] not in "-."
+        assert done.returncode == (255 if plain else 2), host
+        assert "\x1b" not in done.stderr
+    assert_harmless(sides)
+
+
+@pytest.mark.parametrize("kind", ["working", "failing"])
+def test_no_hostile_file_or_path_runs_a_command(sides, rsync, kind):
+    rsync(kind, "")
+    names = [name for name in HOSTILE if name[0] not in "-"] + [name for name in HOSTILE if name[0] == "-"]
+    path = "/".join(names)
+    folder = sides.near / path
+    folder.mkdir(parents=True)
+    for name in HOSTILE:
+        (folder / f"{name}.npz").write_text(name, errors="surrogateescape")
+        (folder / name).mkdir()
+        (folder / name / name).write_text(name, errors="surrogateescape")
+    (folder / "loop.npz").symlink_to("loop.npz")
+    os.mkfifo(folder / "fifo.npz")
+    sides.deploy(path, "--out", f"runs/{path}", orders=FINISH)
+    sides.ended()
+    (data,) = [place for place in (sides.base / "data").iterdir() if not place.name.startswith("scripts-")]
+    assert same_files(folder, data)
+    assert sides.call("monitor", "gpu").returncode == 0
+    assert sides.call("download", "gpu").returncode == 0
+    assert sides.call("download", "gpu", f"got/{path}").returncode == 0
+    assert_whole(sides.near / "got" / path)
+    assert_harmless(sides)
