@@ -84,7 +84,8 @@ upload() {
 
 deploy() { # ARGUMENT... of train.py
     far check </dev/null || exit
-    upload scripts "$(dirname -- "$0")" ./emotions.py ./stats.py ./check_data.py ./train.py ./requirements.txt ./remote.sh
+    here=$(dirname -- "$0")
+    upload scripts "$here" ./emotions.py ./stats.py ./check_data.py ./train.py ./remote.sh ./requirements.txt
     scripts=$there previous='' directory='' out='' prefix=''
     for argument; do
         shift
@@ -125,7 +126,7 @@ monitor() { # [-f]: then again and again until the run has ended, each time only
         status=$?
         [ "$status" -ne 255 ] || echo unreachable >"$tmp/said"
         grep -v -x -F -f "$tmp/seen" "$tmp/said" | shown
-        case ${1-}:$status in -f:[345]) sleep 5 && cp "$tmp/said" "$tmp/seen" ;; *) exit "$status" ;; esac
+        case ${1-}:$status in -f:[345]) sleep 3 && cp "$tmp/said" "$tmp/seen" ;; *) exit "$status" ;; esac
     done
 }
 

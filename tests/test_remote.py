@@ -382,12 +382,13 @@ def test_nvidia_smi_may_be_missing_failing_or_hanging(sides):
     for program, told in [
         ("echo 'H100, 35 %, 1200 MiB, 81559 MiB'", "GPU: H100, 35 %, 1200 MiB, 81559 MiB\n"),
         ("echo 'No devices were found'\nexit 9", "GPU: No devices were found\nGPU: nvidia-smi failed: 9\n"),
-        ("trap '' TERM\nsleep 9", "GPU: nvidia-smi hangs\n"),  # not even a signal ends it
+        ("echo $$ >../smi\ntrap '' TERM\nwhile :; do sleep 1; done", "GPU: nvidia-smi hangs\n"),
     ]:
         sides.program(smi, program)
         done = sides.call("monitor", "gpu")
         assert done.returncode == 0
         assert f"\n{told}" in done.stdout
+    os.kill(int((sides.home / "smi").read_text()), signal.SIGKILL)
 
 
 # --- what is copied ---
@@ -434,6 +435,15 @@ def same_files(one, other):
         }
 
     return contents(one) == contents(other)
+
+
+def test_the_readme_names_every_command_and_verdict():
+    section = (ROOT / "README.md").read_text().split("## On a rented GPU machine")[1].split("\n## ")[0]
+    for command in ("deploy HOST DIR", "monitor HOST -f", "download HOST"):
+        assert f"./remote.sh {command}" in section
+    verdicts = ("finished", "failed N", "running", "stalled", "unhealthy", "killed", "not deployed", "unreachable")
+    for status, name in zip((0, 1, 3, 4, 5, 6, 7, 255), verdicts):
+        assert f"| {status} | {name} |" in section
 
 
 def test_every_option_of_train_py_without_a_value_is_known():
@@ -664,13 +674,14 @@ def test_a_download_cut_at_any_moment_leaves_no_damaged_file(sides):
 HOSTILE = (
     r"""
 $(touch canary) | `touch canary` | ;touch canary; | &touch canary& | '; touch canary; ' | "; touch canary; "
-'$(touch canary)' | $(touch${IFS}canary) | <(touch canary) | >canary | -oProxyCommand=touch canary | -e touch canary | --rsh=touch canary
-user@-oProxyCommand=touch canary | -rf | -- | a:b | gpu:x | a b | * | ?[a]{b,c} | ~root | !! | # | %s%n | back\slash\n
+'$(touch canary)' | $(touch${IFS}canary) | <(touch canary) | >canary | -oProxyCommand=touch canary | -e touch canary
+--rsh=touch canary | user@-oProxyCommand=touch canary | -rf | -- | a:b | gpu:x | a b | * | ?[a]{b,c} | ~root | !! | #
+%s%n | back\slash\n
 """.strip()
     .replace("\n", " | ")
     .split(" | ")
-    + ["a\ntouch canary\n", "|touch canary", "\x1b[2J\x07\x9b", "\u202e\udcff"]
 )
+HOSTILE += ["a\ntouch canary\n", "|touch canary", "\x1b[2J\x07\x9b", "\u202e\udcff"]
 
 
 def test_no_hostile_host_runs_a_command(sides):
