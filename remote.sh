@@ -120,7 +120,7 @@ send() { # PATH of a folder or file that train.py reads; if it is here, copy it 
 }
 
 monitor() { # [-f]: then again and again until the run has ended, each time only the lines that are new
-    : >"$tmp/seen"
+    echo "$tmp" >"$tmp/seen" # what no report says: not every grep takes an empty list
     while :; do
         far report </dev/null >"$tmp/said"
         status=$?
@@ -158,7 +158,8 @@ download() { # [DEST]
     [ ! -s "$tmp/wrong" ] || die 1 "these did not arrive whole: $(cat "$tmp/wrong")"
     mkdir -p -- "$dest" && cp "$tmp/manifest" "$dest/manifest.sha256" || exit 1
     while read -r sum name; do mv -f -- "$part/$name" "$dest/" || exit 1; done <"$tmp/manifest"
-    rmdir -- "$part"
+    rm -f -- "$part/manifest.sha256"
+    rmdir -- "$part" 2>/dev/null # a transfer that was cut may have left more in it
     printf '%s\n' "verified in $dest:" "$(cut -c 67- "$tmp/manifest")" | shown
 }
 
@@ -296,7 +297,8 @@ manifest() {
 }
 
 pack() { # the same as one archive, from a copy, because a run goes on writing; it ends in the manifest of the copy
-    snapshot=$(mktemp -d) && trap 'rm -rf "$snapshot"' EXIT
+    snapshot=$(mktemp -d) || exit 1
+    trap 'rm -rf "$snapshot"' EXIT
     for name in $(names); do cp -p "current/$name" "$snapshot/"; done
     cd "$snapshot" && sums=$(sha256sum -- *) && echo "$sums" >manifest.sha256 && tar -c -f - -- *
 }

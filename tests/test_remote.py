@@ -265,6 +265,7 @@ def test_busybox_is_enough_on_the_near_side(sides, tmp_path):
     sides.path = f"{sides.machine.commands}:{tools}"
     sides.deploy(orders=FINISH, shell="busybox ash")
     sides.ended()
+    assert "finished\n" in sides.call("monitor", "gpu", shell="busybox ash").stdout
     done = sides.call("download", "gpu", "got", shell="busybox ash")
     assert done.returncode == 0, done.stderr
     assert_whole(sides.near / "got")
@@ -286,6 +287,7 @@ def test_a_run_is_running_then_stalled_then_unhealthy_then_finished(sides):
     assert verdict(sides) == (3, "running")
 
     before = listing(sides.home)
+    (sides.near / "set/new.npz").write_bytes(b"new")
     refused = sides.deploy("set", "--epochs", "3", status=3)
     assert "nothing was changed" in refused.stderr
     assert listing(sides.home) == before
@@ -505,6 +507,8 @@ def rsync(sides, tmp_path):
     def choose(kind, pattern):
         if kind == "failing":
             sides.program(sides.machine.commands / "rsync", "echo 'unknown option' >&2\nexit 1")
+        elif kind == "absent there":
+            sides.program(sides.home / "bin/rsync", "exit 127")
         elif kind == "absent":
             (tmp_path / "tools").mkdir(exist_ok=True)
             for folder in reversed(os.environ["PATH"].split(":")):
@@ -522,7 +526,7 @@ def rsync(sides, tmp_path):
         (sides.machine.commands / name).unlink(missing_ok=True)
 
 
-@pytest.mark.parametrize("kind", ["working", "failing", "absent", "damaging once", "damaging"])
+@pytest.mark.parametrize("kind", ["working", "failing", "absent", "absent there", "damaging once", "damaging"])
 def test_files_arrive_whole_whatever_rsync_does(sides, rsync, tmp_path, kind):
     rsync(kind, f"{sides.base}/data/set-*/1.npz")
     sides.deploy(orders=FINISH)
@@ -535,6 +539,7 @@ def test_files_arrive_whole_whatever_rsync_does(sides, rsync, tmp_path, kind):
     assert sides.call("download", "gpu", "got").returncode == 0
     assert (tmp_path / "damaged").exists() == kind.startswith("damaging")
     assert_whole(sides.near / "got")
+    assert not (sides.near / "got.part").exists()
 
 
 def test_what_no_way_brings_whole_is_named_and_not_used(sides, rsync):
