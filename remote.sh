@@ -97,7 +97,8 @@ deploy() { # ARGUMENT... of train.py
                 --out) out=$argument ;;
                 --labels) send "$argument" ;;
                 --predict) send "$argument" && prefix=predict- ;;
-                '' | [!-]* | --*=* | --transpose | --nan-to-zero | --sweep | --no-compile-cache | --recompute-stats)
+                '' | [!-]* | --*=* | --transpose | --nan-to-zero | \
+                    --sweep | --fresh | --no-compile-cache | --recompute-stats)
                     send "$argument" && directory=$there ;;
             esac ;;
         esac

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -199,19 +200,21 @@ def sides(machine, tmp_path):
 # --- the whole way ---
 
 
-def test_the_real_scripts_train_there_after_a_kill_and_the_model_comes_back(sides):
+def test_the_real_scripts_train_there_go_on_after_an_end_and_the_model_comes_back(sides):
     shutil.copy(ROOT / "train.py", sides.near)
     shutil.copytree(ROOT / "sample", sides.near / "sample", ignore=shutil.ignore_patterns("wav2vec_*"))
-    command = ("sample", "--epochs", "2", "--seeds", "1", "--folds", "2", "--no-compile-cache")
+    command = ("sample", "--epochs", "100", "--patience", "100", "--seeds", "1", "--folds", "2", "--no-compile-cache")
     sides.deploy(*command)
-    until(lambda: (sides.base / "pid").exists())
-    os.kill(int((sides.base / "pid").read_text()), signal.SIGKILL)
+    until(lambda: (sides.run / "train.log").exists() and "\nepoch " in (sides.run / "train.log").read_text())
+    os.kill(int((sides.base / "pid").read_text()), signal.SIGTERM)
     sides.ended()
-    assert sides.call("monitor", "gpu").returncode == 6
+    assert (sides.base / "status").read_text() == "143\n"
+    assert verdict(sides)[0] == 6
     sides.deploy(*command)
     followed = sides.call("monitor", "gpu", "-f")
     assert followed.returncode == 0, followed.stdout
-    for line in ("finished", "epoch 2/2  loss ", "ua 0."):
+    assert "GOING ON from epoch" in (sides.run / "remote.log").read_text()
+    for line in ("finished", "epoch 100/100  loss ", "ua 0."):
         assert f"\n{line}" in followed.stdout
     before = listing(sides.home)
     assert sides.call("download", "gpu", "got").returncode == 0
@@ -450,8 +453,8 @@ def test_the_readme_names_every_command_and_verdict():
 
 def test_every_option_of_train_py_without_a_value_is_known():
     flags = {f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(train.Config) if field.type is bool}
-    (line,) = [line for line in (ROOT / "remote.sh").read_text().split("\n") if "--sweep" in line]
-    assert {word for word in line.strip(" )").split(" | ") if word.startswith("--")} == flags | {"--*=*"}
+    known = (ROOT / "remote.sh").read_text().split("--*=*")[1].split(")")[0]
+    assert set(re.findall(r"--[a-z-]+", known)) == flags
 
 
 def test_a_new_environment_is_made_once_and_its_failure_is_told(sides):
