@@ -357,6 +357,17 @@ def test_after_kill_9_the_same_deploy_resumes(sides):
     assert sides.run.resolve() == place
 
 
+def test_of_two_deploys_at_once_one_starts(sides):
+    sides.orders("wait()\n" + FINISH)
+    command = ["sh", "./remote.sh", "deploy", "gpu", "set"]
+    how = {"cwd": sides.near, "env": {**os.environ, "PATH": sides.path}, "stdin": subprocess.DEVNULL}
+    both = [subprocess.Popen(command, **how, stderr=subprocess.PIPE, stdout=subprocess.PIPE) for _ in range(2)]
+    for one in both:
+        one.communicate(timeout=60)
+    assert sorted(one.returncode for one in both) == [0, 3]
+    assert (sides.run / "remote.log").read_text().count("== ") == 1
+
+
 def test_a_machine_that_does_not_answer_is_unreachable(sides):
     sides.machine.reach(1)
     for arguments in (("deploy", "gpu", "set"), ("monitor", "gpu"), ("monitor", "gpu", "-f"), ("download", "gpu")):
@@ -636,14 +647,14 @@ def through(sides, limit, *arguments):
 def test_a_deploy_cut_at_any_moment_is_completed_by_the_next(sides):
     sides.orders(FINISH)
     total = 1 << 40
-    for part in range(5):
+    for part in range(4):
         (sides.near / "set/0.npz").write_bytes(random.randbytes(200_000))
         with (sides.near / "emotions.py").open("a") as file:
             file.write(f"# {part}\n")
-        limit = total if part == 0 else int(total * (part - 1 + random.random()) / 4)
+        limit = total if part == 0 else int(total * (part - 1 + random.random()) / 3)
         done, cut = through(sides, limit, "deploy", "gpu", "set")
         if part == 0:
-            total = cut.passed - 2000  # the next may need a little less
+            total = 0.95 * cut.passed  # the next may need a little less
             assert done.returncode == 0
         else:
             assert done.returncode == 255, (limit, total, done.stderr)
@@ -662,12 +673,12 @@ def test_a_download_cut_at_any_moment_leaves_no_damaged_file(sides):
     sides.ended()
     before = listing(sides.home)
     total = 1 << 40
-    for part in range(5):
-        limit = total if part == 0 else int(total * (part - 1 + random.random()) / 4)
+    for part in range(4):
+        limit = total if part == 0 else int(total * (part - 1 + random.random()) / 3)
         got = sides.near / f"got{part}"
         done, cut = through(sides, limit, "download", "gpu", got.name)
         if part == 0:
-            total = cut.passed - 2000
+            total = 0.95 * cut.passed
             assert done.returncode == 0
         elif done.returncode != 0:
             assert done.returncode in (1, 255), (limit, total, done.stderr)
