@@ -46,11 +46,11 @@ END
 far() {
     {
         cat "$tmp/functions"
-        [ "$1" != check ] || echo "mkdir -p -m 700 $base"
+        [ "$1" != verify ] || echo "mkdir -p -m 700 $base"
         echo "cd $base 2>/dev/null || { echo 'not deployed' && exit 7; }"
-        for word; do
-            word=$(printf %sx "$word" | sed "s/'/'\\\\''/g") # the x keeps a newline at its end
-            printf "'%s' " "${word%x}"
+        for word; do # the x keeps a newline at the end
+            case $word in *\'*) word=$(printf %sx "$word" | sed "s/'/'\\\\''/g") && word=${word%x} ;; esac
+            printf "'%s' " "$word"
         done
     } >"$tmp/program"
     { wc -c <"$tmp/program" && cat "$tmp/program" -; } 2>/dev/null |
@@ -83,7 +83,6 @@ upload() {
 }
 
 deploy() { # ARGUMENT... of train.py
-    far check </dev/null || exit
     here=$(dirname -- "$0")
     upload scripts "$here" ./emotions.py ./stats.py ./check_data.py ./train.py ./remote.sh ./requirements.txt
     scripts=$there previous='' directory='' out='' prefix=''
@@ -127,7 +126,7 @@ monitor() { # [-f]: then again and again until the run has ended, each time only
         status=$?
         [ "$status" -ne 255 ] || echo unreachable >"$tmp/said"
         grep -v -x -F -f "$tmp/seen" "$tmp/said" | shown
-        case ${1-}:$status in -f:[345]) sleep 3 && cp "$tmp/said" "$tmp/seen" ;; *) exit "$status" ;; esac
+        case ${1-}:$status in -f:[345]) sleep 2 && cp "$tmp/said" "$tmp/seen" ;; *) exit "$status" ;; esac
     done
 }
 
@@ -172,19 +171,16 @@ locked() { # by the launcher and the programs it starts: it falls with the last 
     [ -e lock ] && ! flock -s -n lock true
 }
 
-check() {
-    for tool in python3 flock setsid sha256sum tar awk; do
-        command -v "$tool" >/dev/null || { echo "$tool is needed on the far side" >&2 && exit 1; }
-    done
-    ! locked || busy
-}
-
 busy() {
     echo "a run is going on there: nothing was changed" >&2
     exit 3
 }
 
-verify() { # FOLDER; the manifest is standard input
+verify() { # FOLDER; the manifest is standard input. The first thing that is asked there, so what is needed is seen here
+    for tool in python3 flock setsid sha256sum tar awk; do
+        command -v "$tool" >/dev/null || { echo "$tool is needed on the far side" >&2 && exit 1; }
+    done
+    ! locked || busy
     mkdir -p "$1" && cd "$1" && wrong=$(sha256sum -c 2>&1) && return
     printf '%s\n' "$wrong" | grep -v ': OK$'
     exit 8

@@ -203,7 +203,7 @@ def sides(machine, tmp_path):
 def test_the_real_scripts_train_there_go_on_after_an_end_and_the_model_comes_back(sides):
     shutil.copy(ROOT / "train.py", sides.near)
     shutil.copytree(ROOT / "sample", sides.near / "sample", ignore=shutil.ignore_patterns("wav2vec_*"))
-    command = ("sample", "--epochs", "100", "--patience", "100", "--seeds", "1", "--folds", "2", "--no-compile-cache")
+    command = ("sample", "--epochs", "60", "--patience", "60", "--seeds", "1", "--folds", "2", "--no-compile-cache")
     sides.deploy(*command)
     until(lambda: (sides.run / "train.log").exists() and "\nepoch " in (sides.run / "train.log").read_text())
     os.kill(int((sides.base / "pid").read_text()), signal.SIGTERM)
@@ -214,7 +214,7 @@ def test_the_real_scripts_train_there_go_on_after_an_end_and_the_model_comes_bac
     followed = sides.call("monitor", "gpu", "-f")
     assert followed.returncode == 0, followed.stdout
     assert "GOING ON from epoch" in (sides.run / "remote.log").read_text()
-    for line in ("finished", "epoch 100/100  loss ", "ua 0."):
+    for line in ("finished", "epoch 60/60  loss ", "ua 0."):
         assert f"\n{line}" in followed.stdout
     before = listing(sides.home)
     assert sides.call("download", "gpu", "got").returncode == 0
