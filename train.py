@@ -647,17 +647,17 @@ class Bag(NamedTuple):
 
 
 def build_network(width: int, classes: int, precision: str) -> Any:
-    """The flax classifier: one hidden layer, from normalised features (B, D) to logits (B, C).
+    """The flax classifier: from normalised features (B, D) to logits (B, C), and the hidden layer before them (B, W).
 
     `gate` (B, W) multiplies the hidden units: dropout while training, and the units in use. Products are computed in
-    `precision`; parameters and logits are float32.
+    `precision`; parameters and what comes out are float32.
     """
 
     class Classifier(nn.Module):
         @nn.compact
         def __call__(self, x, gate):
             hidden = nn.relu(nn.Dense(width, dtype=precision)(x)) * gate
-            return nn.Dense(classes, dtype=precision)(hidden).astype(jnp.float32)
+            return nn.Dense(classes, dtype=precision)(hidden).astype(jnp.float32), hidden.astype(jnp.float32)
 
     return Classifier()
 
@@ -765,7 +765,8 @@ def member_step(task: Task, member: Member, state: State, batch: tuple, key: Any
 
     def loss_of(params):
         mixed, target = task.mix(member.setting, mix_key, weight, pool(params, member, x), smoothed)
-        return cross_entropy(task.network.apply({"params": params}, mixed, gate), target, weight)
+        logits, _ = task.network.apply({"params": params}, mixed, gate)
+        return cross_entropy(logits, target, weight)
 
     loss, gradient = jax.value_and_grad(loss_of)(state.params)
     norm = optax.tree.norm(gradient)
@@ -845,8 +846,8 @@ def member_epoch(task: Task, root: Any, data: Data, epoch: Any, member: Member, 
     }
 
 
-def logits_of(task: Task, data: Data, member: Member, params: Any, chosen: Any) -> Any:
-    """Logits of one member for a batch of utterances, (B, C), without dropout."""
+def answer_of(task: Task, data: Data, member: Member, params: Any, chosen: Any) -> tuple[Any, Any]:
+    """Logits (B, C) and hidden layer (B, W) of one member for a batch of utterances, without dropout."""
     pooled = pool(params, member, fetch(task, data, chosen))
     return task.network.apply({"params": params}, pooled, units(task, member.setting))
 
@@ -857,7 +858,7 @@ def validate(task: Task, data: Data, member: Member, params: Any) -> tuple[Any, 
     def add(total, chosen):
         label = jnp.where(chosen >= 0, data.label[chosen], -1)
         true = jax.nn.one_hot(label, task.classes)  # (B, C), zeros for padding
-        logits = logits_of(task, data, member, params, chosen)
+        logits, _ = answer_of(task, data, member, params, chosen)
         loss = jnp.where(chosen >= 0, optax.softmax_cross_entropy(logits, true), 0)
         right = jnp.where(logits.argmax(-1) == label, 1.0, 0.0)
         return total + jnp.stack([true.sum(0), loss @ true, right @ true]), None
@@ -899,13 +900,17 @@ def population_epochs(
     return jax.lax.scan(one_epoch, state, first + jnp.arange(EPOCHS_A_CALL))
 
 
-def all_logits(task: Task, data: Data, table: Any, members: Member, params: Any) -> Any:
-    """Logits of every member for the utterances of a table (B, steps): (P, steps, B, C), one member at a time."""
+def all_answers(task: Task, part: int, data: Data, tables: Any, members: Member, params: Any) -> Any:
+    """Logits (part 0) or hidden layers (1) of every member for its own table of utterances, (P, B, steps).
 
-    def of_one(member_params):
-        return jax.lax.map(functools.partial(logits_of, task, data, *member_params), table.T)
+    They have shape (P, steps, B, C) or (P, steps, B, W). One member at a time: nothing is gained by more.
+    """
 
-    return jax.lax.map(of_one, (members, params))
+    def of_one(arguments):
+        table, member, params = arguments
+        return jax.lax.map(lambda chosen: answer_of(task, data, member, params, chosen)[part], table.T)
+
+    return jax.lax.map(of_one, (tables, members, params))
 
 
 # --- the linear part ----------------------------------------------------------------------------------------------
@@ -1229,11 +1234,13 @@ class TrainingError(Exception):
 class Trained(NamedTuple):
     """The outcome: best parameters stacked along P, logits (K + 1, N, C) averaged over seeds, and the history.
 
+    `embedding`, (N, S W), is the hidden layer of the seeds of the fold that tests the utterance, side by side.
     `choices` says for each fold what its validation speakers chose, `sweep` for each setting how it fared with them.
     """
 
     params: Any
     logits: np.ndarray
+    embedding: np.ndarray
     best_epoch: np.ndarray
     skipped: np.ndarray
     history: list[dict]
@@ -1291,6 +1298,12 @@ def _tables(masks: np.ndarray, dataset: Dataset, batch: int) -> np.ndarray:
     tables = [strata(np.flatnonzero(mask), dataset, batch) for mask in masks]
     steps = max(table.shape[1] for table in tables)
     return np.stack([np.pad(table, ((0, 0), (0, steps - table.shape[1])), constant_values=-1) for table in tables])
+
+
+def test_tables(dataset: Dataset, plan: Plan, members: Member) -> np.ndarray:
+    """Tables (P, batch, steps) of the utterances that each member is tested on; none for the final model."""
+    tested = [plan.fold == fold if 0 <= fold < plan.folds else np.zeros(len(plan.fold), bool) for fold in members.fold]
+    return _tables(np.array(tested), dataset, members.train.shape[1])
 
 
 def _fullest(tables: np.ndarray, frames: Frames | None) -> int:
@@ -1400,6 +1413,9 @@ def train(dataset: Dataset, plan: Plan, stored: stats.Stored, config: Config, ke
     units_in_use = np.arange(config.width) < setting.width[:, None]
     outcome.params["Dense_1"]["kernel"] = outcome.params["Dense_1"]["kernel"] * units_in_use[..., None]
     logits = compute_logits(task, mesh, data, everything, own, outcome.params)[:size]
+    tested = test_tables(dataset, plan, members)
+    roomy = task._replace(capacity=_fullest(tested, dataset.frames))
+    embedding = compute_embedding(roomy, mesh, data, tested, own, outcome.params)
     solve = jax.jit(over_population(mesh, functools.partial(linear_parts, task), 1))
     linear = [part[:size] for part in fetched(solve(data, own))]
     params = jax.tree.map(lambda leaf: leaf[:size], outcome.params)
@@ -1411,7 +1427,9 @@ def train(dataset: Dataset, plan: Plan, stored: stats.Stored, config: Config, ke
         sweep = sweep_table(settings, losses[:, :size][:, :: config.seeds], chosen)
         for choice, number in zip(choices, chosen):
             choice |= settings[number]._asdict()
-    return Trained(params, logits, outcome.best_epoch[:size], outcome.skipped[:size], history, choices, sweep)
+    return Trained(
+        params, logits, embedding, outcome.best_epoch[:size], outcome.skipped[:size], history, choices, sweep
+    )
 
 
 def sweep_table(settings: list[Setting], losses: np.ndarray, chosen: np.ndarray) -> list[dict]:
@@ -1491,8 +1509,8 @@ def _train_setting(
 
 def compute_logits(task: Task, mesh: Any, data: Data, table: np.ndarray, members: Member, params: Any) -> np.ndarray:
     """Logits of every member for all utterances, (P, N, C); `table` holds each utterance once."""
-    answer = jax.jit(over_population(mesh, functools.partial(all_logits, task), 2))
-    found = fetched(answer(data, place(mesh, table), members, place(mesh, params, "population")))
+    tables = np.broadcast_to(table, (len(members.fold), *table.shape))
+    found = _answers(task, mesh, 0, data, tables, members, params)
     logits = np.zeros((len(found), (table >= 0).sum(), task.classes))
     logits[:, table.T[table.T >= 0]] = found[:, table.T >= 0]
     if not np.isfinite(logits).all():
@@ -1500,12 +1518,34 @@ def compute_logits(task: Task, mesh: Any, data: Data, table: np.ndarray, members
     return logits
 
 
+def _answers(
+    task: Task, mesh: Any, part: int, data: Data, tables: np.ndarray, members: Member, params: Any
+) -> np.ndarray:
+    answer = jax.jit(over_population(mesh, functools.partial(all_answers, task, part), 3))
+    return fetched(answer(data, *place(mesh, (tables, members, params), "population")))
+
+
+def compute_embedding(
+    task: Task, mesh: Any, data: Data, tables: np.ndarray, members: Member, params: Any
+) -> np.ndarray:
+    """Hidden layers of the members for the utterances of their tables, those of an utterance side by side."""
+    found = _answers(task, mesh, 1, data, tables, members, params)
+    places = [table.T[table.T >= 0] for table in tables]
+    order = np.argsort(np.concatenate(places), kind="stable")  # the seeds of a fold stay in their order
+    rows = np.concatenate([hidden[table.T >= 0] for table, hidden in zip(tables, found)])[order]
+    return rows.reshape(len(np.unique(np.concatenate(places))), -1)
+
+
 class Blend(NamedTuple):
-    """How much hidden layer and linear part weigh in a fold, and which shrinkage the linear part has."""
+    """How much hidden layer and linear part weigh in a fold, and which shrinkage the linear part has.
+
+    The logits are those weighted parts over `temperature`, which calibrates them.
+    """
 
     shrinkage: int
     hidden: float
     linear: float
+    temperature: float
 
 
 def choose_blend(hidden: np.ndarray, linear: np.ndarray, heard: list[np.ndarray], label: np.ndarray) -> Blend:
@@ -1539,7 +1579,7 @@ def choose_blend(hidden: np.ndarray, linear: np.ndarray, heard: list[np.ndarray]
     share = 1 / (1 + (hidden_loss / max(linear_loss, 1e-9)) ** TRUST)
     a, b = 2 * share * a, 2 * (1 - share) * b
     both = best(a * hidden + b * linear[:, shrinkage], WEIGHTS)[1]
-    return Blend(shrinkage, both * a, both * b)
+    return Blend(shrinkage, a, b, 1 / both)
 
 
 def add_linear(
@@ -1559,9 +1599,10 @@ def add_linear(
         parts = np.stack([linear_logits(dataset.x, members.mean[m], members.scale[m], kernel[m], bias[m]) for m in own])
         heard = [np.flatnonzero(plan.validation[member]) for member in own]
         blends.append(choose_blend(logits[own.start : own.stop], parts, heard, dataset.label))
-        _, a, b = blends[-1]
-        sums.append(a * logits[own.start : own.stop] + b * parts[:, blends[-1].shrinkage])
-    chosen, hidden, weight = (np.repeat(values, seeds) for values in zip(*blends))
+        shrinkage, a, b, temperature = blends[-1]
+        sums.append((a * logits[own.start : own.stop] + b * parts[:, shrinkage]) / temperature)
+    chosen, hidden, weight, temperature = (np.repeat(values, seeds) for values in zip(*blends))
+    hidden, weight = hidden / temperature, weight / temperature
     every = np.arange(len(logits))
     scaled = {
         "Dense_1": jax.tree.map(lambda leaf: leaf * _stretched(hidden, leaf), params["Dense_1"]),
@@ -1713,6 +1754,40 @@ def model_bytes(params: Any, statistics: stats.Statistics) -> bytes:
     return buffer.getvalue()
 
 
+def fusion_bytes(
+    files: list[str],
+    classes: tuple[str, ...],
+    logits: np.ndarray,
+    temperature: np.ndarray | float,
+    embedding: np.ndarray,
+    statistics: tuple[np.ndarray, np.ndarray],
+    fold: np.ndarray | int = 0,
+    label: np.ndarray | int = -1,
+    speaker: list[str] | str = "",
+) -> bytes:
+    """What a fusion with other modalities needs, a row for each utterance; README has the contract.
+
+    `logits`, (N, C), are calibrated; those in the file are as they were before. `statistics` are mean and scale.
+    """
+    rows = len(files)
+    temperature = np.broadcast_to(temperature, rows)
+    buffer = io.BytesIO()
+    np.savez(
+        buffer,
+        id=np.array([file.removesuffix(".npz") for file in files]),
+        classes=np.array(classes),
+        logits=(logits * temperature[:, None]).astype(np.float32),
+        temperature=temperature.astype(np.float32),
+        probability=stats.probabilities(logits).astype(np.float32),
+        embedding=embedding.astype(np.float32),
+        fold=np.broadcast_to(np.int32(fold), rows),
+        label=np.broadcast_to(np.int32(label), rows),
+        speaker=np.broadcast_to(np.array(speaker), rows),
+        statistics=np.array(hashlib.sha256(b"".join(np.float32(part).tobytes() for part in statistics)).hexdigest()),
+    )
+    return buffer.getvalue()
+
+
 def prediction_rows(dataset: Dataset, plan: Plan, probability: np.ndarray) -> list[dict]:
     return [
         {
@@ -1752,6 +1827,7 @@ def save_run(
         "dim": scan.dim,
         "pooling": config.pooling if dataset.frames is not None else "mean",
         "cuts_vectors": scan.cuts_vectors,
+        "temperature": trained.choices[-1]["temperature"],
         "data": str(scan.directory.resolve()),
         "options": dataclasses.asdict(config),
     }
@@ -1767,6 +1843,17 @@ def save_run(
         "skipped.csv": stats.csv_bytes([finding._asdict() for finding in scan.findings], check_data.Finding._fields),
         stats.MEAN_FILE: stats.npy_bytes(stored.statistics.mean),
         stats.STD_FILE: stats.npy_bytes(stored.statistics.std),
+        "fusion.npz": fusion_bytes(
+            [utterance.file for utterance in dataset.utterances],
+            dataset.classes,
+            trained.logits[plan.fold, np.arange(len(plan.fold))],
+            np.array([choice["temperature"] for choice in trained.choices])[plan.fold],
+            trained.embedding,
+            (stored.statistics.mean, stored.statistics.scale()),
+            fold=plan.fold + 1,
+            label=dataset.label,
+            speaker=[utterance.speaker or "" for utterance in dataset.utterances],
+        ),
         "model.npz": model_bytes(final, stored.statistics),
         "metrics.json": stats.json_bytes(metrics),
     }
@@ -2017,6 +2104,7 @@ class Model(NamedTuple):
     dim: int
     cuts_vectors: bool
     mean_pooling: bool
+    temperature: float
     statistics: tuple[np.ndarray, np.ndarray]
     params: dict
 
@@ -2036,6 +2124,7 @@ def load_model(run: Path) -> Model:
         mean, scale = arrays.pop("mean"), arrays.pop("scale")
         classes, dim = tuple(map(str, described["classes"])), int(described["dim"])
         cuts, mean_pooling = bool(described["cuts_vectors"]), described["pooling"] == "mean"
+        temperature = float(described["temperature"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise check_data.UsageError(f"{name} holds no finished model: {error}") from None
     kernel = arrays.get("params/Dense_0/kernel", np.zeros(0))
@@ -2052,11 +2141,11 @@ def load_model(run: Path) -> Model:
         raise check_data.UsageError(f"{name}: config.json and model.npz do not belong together")
     if not all(np.isfinite(array).all() for array in (mean, scale, *arrays.values())):
         raise check_data.UsageError(f"{name}: the model holds NaN or Inf")
-    return Model(classes, dim, cuts, mean_pooling, (mean, scale), unflatten(arrays))
+    return Model(classes, dim, cuts, mean_pooling, temperature, (mean, scale), unflatten(arrays))
 
 
-def model_logits(model: Model, sequences: list[np.ndarray], config: Config) -> np.ndarray:
-    """Logits of every seed of a model, (S, N, C), for features of shape (T, D) each; empties the list."""
+def model_answers(model: Model, sequences: list[np.ndarray], config: Config) -> tuple[np.ndarray, np.ndarray]:
+    """Logits (N, C) and hidden layers (N, S W) of a model for features of shape (T, D) each; empties the list."""
     x = np.stack([stats.Moments.of(sequence).mean for sequence in sequences]).astype(np.float32)
     length = np.array([1 if model.mean_pooling else len(sequence) for sequence in sequences])
     frames = None if model.mean_pooling else Frames.of(sequences, model.statistics[0])
@@ -2071,9 +2160,12 @@ def model_logits(model: Model, sequences: list[np.ndarray], config: Config) -> n
     params = {name: value for name, value in model.params.items() if name != "linear"}
     mesh = jax.sharding.Mesh(np.array(jax.local_devices()[:1]), ("population",))
     data = place(mesh, device_data(dataset))
-    logits = compute_logits(task, mesh, data, table, place(mesh, members, "population"), params)
+    own = place(mesh, members, "population")
+    logits = compute_logits(task, mesh, data, table, own, params)
+    embedding = compute_embedding(task, mesh, data, np.stack([table] * seeds), own, params)
     linear = model.params["linear"]
-    return logits + linear_logits(x, *model.statistics, linear["kernel"], linear["bias"])
+    logits = logits + linear_logits(x, *model.statistics, linear["kernel"], linear["bias"])
+    return logits.mean(0), embedding
 
 
 def run_prediction(config: Config) -> int:
@@ -2092,12 +2184,15 @@ def run_prediction(config: Config) -> int:
         log.info(line)
     if not scan.records:
         raise check_data.UsageError(f"no file can be used; the model wants features {model.dim} wide")
-    probability = stats.probabilities(model_logits(model, scan.features, config).mean(0))
+    logits, embedding = model_answers(model, scan.features, config)
+    probability = stats.probabilities(logits)
     rows = [{"file": record.file} | _predicted(model.classes, row) for record, row in zip(scan.records, probability)]
     if jax.process_index() > 0:
         return 1 if scan.findings else 0
     out.mkdir(parents=True, exist_ok=True)
-    stats.write_files(out, {"predictions.csv": stats.csv_bytes(rows)})
+    files = [record.file for record in scan.records]
+    fusion = fusion_bytes(files, model.classes, logits, model.temperature, embedding, model.statistics)
+    stats.write_files(out, {"predictions.csv": stats.csv_bytes(rows), "fusion.npz": fusion})
     counts = ", ".join(f"{name} {(probability.argmax(1) == index).sum()}" for index, name in enumerate(model.classes))
     print(f"{len(rows)} files labelled, {len(scan.findings)} left out: {counts}")
     print(check_data.printable(str(out / "predictions.csv")))

@@ -388,6 +388,12 @@ def test_sequences_train_and_are_predicted_alike(tmp_path, jax_stack, pooling):
     assert train.main([str(data), "--predict", str(run), "--out", str(out)]) == 0
     rows = rows_of(out / "predictions.csv")
     assert np.mean([row["predicted"] == emotions.EMOTIONS[int(row["file"][6:8]) - 1] for row in rows]) > 0.8
+    scope, described = {}, (run / "config.json").read_text()
+    exec(readme_python("probabilities").replace("runs/sample", str(run)), scope)
+    for row in rows[::7] if pooling == "attentive" else []:
+        expected = scope["probabilities"](np.load(data / row["file"])["emb"])
+        written = [float(row[f"p_{name}"]) for name in json.loads(described)["classes"]]
+        np.testing.assert_allclose(written, expected, atol=1e-5)
     alone = tmp_path / "alone"
     alone.mkdir()
     shutil.copy(data / rows[5]["file"], alone)
@@ -692,7 +698,8 @@ def test_a_run_answers_with_the_mean_logits_of_the_best_epochs(setting):
         logits.append(forward(params, mean[member], scale[member], dataset.x))
         linear = (dataset.x - mean[member]) / scale[member] @ params["linear"]["kernel"] + params["linear"]["bias"]
         chosen = np.flatnonzero(plan.validation[member])
-        weight = trained.choices[member // config.seeds]["hidden"]
+        choice = trained.choices[member // config.seeds]
+        weight = choice["hidden"] / choice["temperature"]
         p = stats.probabilities(logits[-1][chosen].astype(np.float64) / weight)
         logits[-1] = logits[-1] + linear
         loss = -np.log(p[np.arange(len(chosen)), dataset.label[chosen]])
@@ -784,9 +791,9 @@ def test_a_narrow_member_is_the_network_of_that_width(setting):
     member = member._replace(setting=member.setting._replace(width=np.float32(5)))
     state = train.init_member(setting.task, setting.root, member)
     chosen = np.arange(6)
-    before = train.logits_of(setting.task, setting.data, member, state.params, chosen)
+    before, _ = train.answer_of(setting.task, setting.data, member, state.params, chosen)
     state.params["Dense_1"]["kernel"] = state.params["Dense_1"]["kernel"].at[5:].set(9.0)
-    np.testing.assert_array_equal(train.logits_of(setting.task, setting.data, member, state.params, chosen), before)
+    np.testing.assert_array_equal(train.answer_of(setting.task, setting.data, member, state.params, chosen)[0], before)
 
 
 def test_dropout_keeps_the_share_that_it_should_and_the_mean(setting):
@@ -856,7 +863,7 @@ def test_metrics_of_predictions_made_by_hand(sample):
     plan = train.make_plan(dataset, SMALL)
     logits = np.random.default_rng(0).normal(size=(plan.folds + 1, len(dataset.label), 8))
     best = np.repeat([3, 1, 2, 0], SMALL.seeds)
-    trained = train.Trained(None, logits, best, np.arange(8), [], [{}] * 4, [])
+    trained = train.Trained(None, logits, None, best, np.arange(8), [], [{}] * 4, [])
     metrics, probability = train.evaluate(dataset, plan, trained, False, SMALL)
     predicted = np.array([logits[fold, n].argmax() for n, fold in enumerate(plan.fold)])
     np.testing.assert_array_equal(probability.argmax(1), predicted)
@@ -936,6 +943,7 @@ ARTIFACTS = {
     "skipped.csv",
     "train.log",
     "lock",
+    "fusion.npz",
 }
 FAST = ("--epochs", "12", "--seeds", "2", "--width", "32", "--folds", "3", "--learning-rate", "0.01")
 
@@ -1027,12 +1035,77 @@ def test_prediction_needs_no_labels_and_agrees_with_the_readmes_numpy(trained, t
     (tmp_path / "runs" / "sample").symlink_to(trained / "first")
     monkeypatch.chdir(tmp_path)
     scope = {}
-    exec((ROOT / "README.md").read_text().split("```python\n")[1].split("```")[0], scope)
-    expected = scope["probabilities"](np.stack([np.load(file)["emb"] for file in files]))
+    exec(readme_python("probabilities"), scope)
+    expected = np.stack([scope["probabilities"](np.load(file)["emb"]) for file in files])
     assert scope["classes"] == list(emotions.EMOTIONS)
     rows = rows_of(tmp_path / "out" / "predictions.csv")
     written = np.array([[float(row[f"p_{name}"]) for name in emotions.EMOTIONS] for row in rows])
     np.testing.assert_allclose(written, expected, atol=1e-5)
+
+
+def readme_python(word):
+    """The program in README that has this word in it."""
+    (program,) = [
+        part.split("```")[0] for part in (ROOT / "README.md").read_text().split("```python\n")[1:] if word in part
+    ]
+    return program
+
+
+def test_the_fusion_file_keeps_its_contract(trained):
+    fusion, rows = np.load(trained / "first" / "fusion.npz"), rows_of(trained / "first" / "predictions.csv")
+    metrics = json.loads((trained / "first" / "metrics.json").read_text())
+    assert fusion["id"].tolist() == [row["file"].removesuffix(".npz") for row in rows]
+    assert fusion["classes"].tolist() == metrics["classes"]
+    assert [metrics["classes"][label] for label in fusion["label"]] == [row["label"] for row in rows]
+    assert fusion["speaker"].tolist() == [row["speaker"] for row in rows]
+    assert fusion["fold"].tolist() == [int(row["fold"]) for row in rows]
+    temperature = [metrics["folds"][fold - 1]["chosen"]["temperature"] for fold in fusion["fold"]]
+    np.testing.assert_allclose(fusion["temperature"], temperature, rtol=1e-6)
+    calibrated = stats.probabilities(fusion["logits"] / fusion["temperature"][:, None])
+    np.testing.assert_allclose(calibrated, fusion["probability"], atol=1e-6)
+    written = np.array([[float(row[f"p_{name}"]) for name in metrics["classes"]] for row in rows])
+    np.testing.assert_allclose(fusion["probability"], written, atol=1e-6)
+    assert fusion["embedding"].shape == (112, 2 * 32)
+
+
+def test_the_embedding_is_the_hidden_layer_of_the_models_of_the_fold(setting):
+    plan = train.make_plan(setting.dataset, SMALL)
+    dataset = setting.dataset
+    trained = train.train(dataset, plan, ours(dataset), SMALL)
+    mean, scale = train.member_statistics(dataset, plan, ours(dataset))
+    for n, fold in enumerate(plan.fold):
+        layers = []
+        for member in (2 * fold, 2 * fold + 1):
+            layer = setting.of(trained.params["Dense_0"], member)
+            layers.append(
+                np.maximum((dataset.x[n] - mean[member]) / scale[member] @ layer["kernel"] + layer["bias"], 0)
+            )
+        np.testing.assert_allclose(trained.embedding[n], np.concatenate(layers), rtol=1e-3, atol=1e-4)
+
+
+def test_the_readmes_late_fusion_runs(trained, tmp_path, monkeypatch, capsys):
+    for name, run in (("voice", "first"), ("face", "second")):
+        (tmp_path / "runs" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "runs" / name).symlink_to(trained / run)
+    monkeypatch.chdir(tmp_path)
+    exec(readme_python("intersect1d"), {})
+    wa = json.loads((trained / "first" / "metrics.json").read_text())["wa"]
+    assert capsys.readouterr().out == f"fused: {wa:.4f} of 112 utterances right\n"  # one modality with itself
+
+
+def test_prediction_writes_the_same_fusion_file(trained, tmp_path):
+    assert train.main([str(trained / "data"), "--predict", str(trained / "first"), "--out", str(tmp_path / "out")]) == 1
+    fusion, own = np.load(tmp_path / "out" / "fusion.npz"), np.load(trained / "first" / "fusion.npz")
+    assert set(fusion) == set(own)
+    assert fusion["id"].tolist() == own["id"].tolist()
+    assert fusion["statistics"] == own["statistics"]
+    assert fusion["embedding"].shape == own["embedding"].shape
+    assert set(fusion["fold"]) == {0}
+    assert set(fusion["label"]) == {-1}
+    rows = rows_of(tmp_path / "out" / "predictions.csv")
+    np.testing.assert_allclose(fusion["probability"][:, 0], [float(row["p_neutral"]) for row in rows], atol=1e-6)
+    calibrated = stats.probabilities(fusion["logits"] / fusion["temperature"][:, None])
+    np.testing.assert_allclose(calibrated, fusion["probability"], atol=1e-6)
 
 
 def test_prediction_never_overwrites_a_training_run(trained, capsys):
