@@ -237,7 +237,10 @@ def read_checked_arrays(path: Path) -> tuple[dict, dict[str, np.ndarray]]:
     DataError
         `unreadable`, `not-a-file`, or `damaged`: the checksum is another one, or the file is none of ours.
     """
-    blob = read_bytes(path, 1 << 40)
+    try:
+        blob = read_bytes(path, 1 << 40)
+    except MemoryError:
+        raise DataError("damaged", "is larger than any memory") from None
     body = memoryview(blob)[:-32]
     if not blob.startswith(_CHECKED) or hashlib.sha256(body).digest() != blob[-32:]:
         raise DataError("damaged", f"is damaged: the checksum of its {len(blob)} bytes does not match")

@@ -13,6 +13,7 @@ width, C classes; of frame sequences M chunks of L frames in all, G of them in a
 
 import argparse
 import concurrent.futures
+import contextlib
 import ctypes
 import dataclasses
 import functools
@@ -1011,15 +1012,15 @@ class Keeper:
         self._latest: Progress | None = None
         self._kept: Progress | None = None  # the one on the disk
         self._pool, self._saving = concurrent.futures.ThreadPoolExecutor(1), None
+        self.writing = threading.Lock()  # held while the results are written: no signal ends the process then
+        self._finished = self._warned = False
 
     # The lock and the signals
 
     def __enter__(self) -> "Keeper":
+        self._is_new = not self.run.exists()
         self.run.mkdir(parents=True, exist_ok=True)
         self._lock = _locked(self.run) if self.leads else None
-        if self.leads:
-            for leftover in self.run.glob(".*.tmp"):
-                leftover.unlink(missing_ok=True)
         self._ear, self._mouth = socket.socketpair()
         self._mouth.setblocking(False)
         self._handlers = {}
@@ -1039,6 +1040,9 @@ class Keeper:
             signal.signal(number, handler)
         self._mouth.close()
         self._pool.shutdown()
+        if self._is_new and self.leads and [path.name for path in self.run.glob("*")] == ["lock"]:  # it came to nothing
+            (self.run / "lock").unlink()
+            self.run.rmdir()
         if self._lock is not None:
             os.close(self._lock)
 
@@ -1055,8 +1059,11 @@ class Keeper:
         if saving:
             saving.add_done_callback(lambda _: self._mouth.send(b"\0"))
             self._ear.recv(1)
-        where = f"; the same command goes on from {_place(self._kept)}" if self._kept else ""
-        log.error(f"ended by {signal.Signals(number).name}{where}")
+        self.writing.acquire()
+        there = "; the results are complete" if self._finished else ""
+        if self._kept and any(path.exists() for path in self._paths()):
+            there = f"; the same command goes on from {_place(self._kept)}"
+        log.error(f"ended by {signal.Signals(number).name}{there}")
         os._exit(128 + number)
 
     # The state
@@ -1074,7 +1081,7 @@ class Keeper:
         for path in self._paths() if self.leads else ():
             if os.path.lexists(path):
                 try:
-                    whole.append(stats.read_checked_arrays(path))
+                    whole.append(_understood(*stats.read_checked_arrays(path)))
                 except stats.DataError as error:
                     damaged.append(f"{check_data.printable(str(path))} {error.reason}")
         if not whole and damaged:
@@ -1088,20 +1095,21 @@ class Keeper:
         self._serial = described["serial"]
         self._refuse_others(described["identity"])
         for name, there in described["circumstances"].items():
-            if there != (here := self._circumstances()[name]):
+            if there != (here := self._circumstances().get(name)):
                 log.warning(f"state: saved with {name} {there}, and here it is {here}: the last digits may differ")
         return described["place"]
 
     def _refuse_others(self, theirs: dict) -> None:
         """Name the differences between an unfinished run and this one."""
         named = [
-            f"{name} {there.get(name)} there and {here.get(name)} here"
+            f"{name} {_said(there.get(name))} there and {_said(here.get(name))} here"
             for there, here in ((theirs["options"], self.identity["options"]), (theirs["data"], self.identity["data"]))
             for name in dict.fromkeys([*there, *here])
             if there.get(name) != here.get(name)
         ]
         if named:
-            run, differences = check_data.printable(str(self.run)), check_data.printable(", ".join(named[:3]))
+            more = [f"{len(named) - 3} more"] * (len(named) > 3)
+            run, differences = check_data.printable(str(self.run)), check_data.printable(", ".join(named[:3] + more))
             raise check_data.UsageError(
                 f"{run} holds an unfinished run, with {differences}; finish it, choose another --out, or start over"
                 " with --fresh"
@@ -1147,29 +1155,40 @@ class Keeper:
             self._pool.submit(self._save, self._latest).result()
 
     def _save(self, progress: Progress) -> None:
+        """Write the state; whatever goes wrong is said once and ends no run."""
         started = time.monotonic()
+        try:
+            self._write(progress)
+        except Exception as error:
+            told = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else repr(error)
+            if not self._warned:
+                log.warning(f"state: not saved, the run goes on: {check_data.printable(told)}")
+            self._warned = True
+        finally:
+            self._due = time.monotonic() + DUTY * (time.monotonic() - started)
+
+    def _write(self, progress: Progress) -> None:
         arrays = {name: np.asarray(leaf) for name, leaf in fetched(progress.arrays()).items()}
         described = {"serial": self._serial + 1, "identity": self.identity, "circumstances": self._circumstances()}
         described |= {"setting": progress.setting, "epoch": progress.epoch, "history": progress.history}
         described |= {"place": _place(progress)}
-        try:
-            blobs = {self._paths()[described["serial"] % 2].name: stats.checked_arrays(described, arrays)}
-            if progress.history:
-                blobs["history.csv"] = stats.csv_bytes(progress.history)
-            stats.write_files(self.run, blobs)
-            self._serial, self._kept = described["serial"], progress
-        except OSError as error:
-            name = check_data.printable(str(error.filename))
-            log.warning(f"state: not saved, the run goes on: {name}: {error.strerror}")
-        self._due = time.monotonic() + DUTY * (time.monotonic() - started)
+        blobs = {self._paths()[described["serial"] % 2].name: stats.checked_arrays(described, arrays)}
+        stats.write_files(self.run, blobs | {"history.csv": stats.csv_bytes(progress.history)})
+        self._serial, self._kept = described["serial"], progress
 
-    def clear(self) -> None:
-        """Remove the state: the run is finished, or to be started over."""
+    def rest(self) -> None:
+        """Wait for a save that is under way: it writes history.csv too."""
         if self._saving:
-            self._saving.result()
-        self._found = self._latest = None
+            concurrent.futures.wait([self._saving])
+
+    def clear(self, finished: bool = False) -> None:
+        """Remove the state: the run is finished, or to be started over."""
+        self.rest()
+        self._found = self._latest = self._kept = None
+        self._finished = finished
         for path in self._paths() if self.leads and self.run else ():
             path.unlink(missing_ok=True)
+            path.with_name(f".{path.name}.tmp").unlink(missing_ok=True)  # of a kill in mid-save
 
     def _paths(self) -> tuple[Path, Path]:
         return self.run / "state-0.bin", self.run / "state-1.bin"
@@ -1177,6 +1196,29 @@ class Keeper:
     @staticmethod
     def _circumstances() -> dict:
         return _versions() | {"device": jax.devices()[0].device_kind, "devices": jax.device_count()}
+
+
+def _understood(described: dict, arrays: dict[str, np.ndarray]) -> tuple[dict, dict[str, np.ndarray]]:
+    """What a state file tells, if it is one that this program can have written.
+
+    Raises
+    ------
+    stats.DataError
+        `damaged`.
+    """
+    kinds = {"serial": int, "setting": int, "epoch": int, "history": list, "place": str, "circumstances": dict}
+    identity = described.get("identity")
+    whole = all(type(described.get(name)) is kind for name, kind in kinds.items()) and isinstance(identity, dict)
+    whole = whole and all(isinstance(identity.get(name), dict) for name in ("options", "data"))
+    if not whole or min(described["setting"], described["epoch"] - 1) < 0 or not described["history"]:
+        raise stats.DataError("damaged", "is none of this program's")
+    if any(np.isnan(array).any() for array in arrays.values()):
+        raise stats.DataError("damaged", "holds NaN")
+    return described, arrays
+
+
+def _said(value: Any) -> str:
+    return "unset" if value is None else str(value)
 
 
 def _place(progress: Progress) -> str:
@@ -1210,7 +1252,7 @@ def _locked(run: Path) -> int | None:
     """
     if fcntl is None:
         return None
-    lock = os.open(run / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    lock = os.open(run / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -1219,8 +1261,9 @@ def _locked(run: Path) -> int | None:
         raise check_data.UsageError(f"{name} is in use by another run, process {check_data.printable(pid)}") from None
     except OSError as error:
         log.warning(f"lock: none here ({error.strerror}); do not start a second run on this folder")
-    os.truncate(lock, 0)
-    os.write(lock, f"{os.getpid()}\n".encode())
+    with contextlib.suppress(OSError):  # on a full disk a second run cannot name this one, and that is all
+        os.truncate(lock, 0)
+        os.write(lock, f"{os.getpid()}\n".encode())
     return lock
 
 
@@ -1944,9 +1987,9 @@ def _scan_progress() -> Callable[[int], None]:
     return progress
 
 
-def _statistics(scan: check_data.Scan, dataset: Dataset, run: Path, config: Config) -> stats.Stored:
-    """The statistics in DIR, or new ones over all data, saved there for future use."""
-    stored = scan.stored
+def _statistics(scan: check_data.Scan, dataset: Dataset, run: Path, config: Config) -> tuple[stats.Stored, Path | None]:
+    """The statistics in DIR, or new ones over all data, and where to save those for future use."""
+    stored, place = scan.stored, None
     if stored and stored.supplied:
         if config.recompute_stats:
             raise check_data.UsageError(f"{stats.MEAN_FILE} and {stats.STD_FILE} in DIR are yours: move them away")
@@ -1961,15 +2004,13 @@ def _statistics(scan: check_data.Scan, dataset: Dataset, run: Path, config: Conf
             log.info("            --recompute-stats renews them there, this run saves its own with its results")
         else:
             place = scan.directory if os.access(scan.directory, os.W_OK) else run
-            if jax.process_index() == 0:
-                stats.save(place, stored.statistics, scan.fingerprint)
             log.info(f"statistics: computed and saved in {check_data.printable(str(place))} for the final model;")
             log.info("            every fold has those of its own training speakers")
     constant = np.flatnonzero(stored.statistics.constant())
     if constant.size:
         named = ", ".join(map(str, constant[:10])) + " ..." * (constant.size > 10)
         log.info(f"statistics: {constant.size} dimensions do not vary and are not scaled: {named}")
-    return stored
+    return stored, place
 
 
 def _say_plan(plan: Plan, seeds: int) -> None:
@@ -2020,9 +2061,14 @@ def _refuse_foreign(run: Path, directory: Path) -> None:
 
 def _process_number() -> int:
     """Number of this process among those of a run on several hosts, before jax can tell it."""
-    names = ("JAX_PROCESS_ID", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK")
-    told = next(filter(None, map(os.environ.get, names)), "0")
-    return int(told) if told.isdecimal() else 0
+    for size, number in (
+        ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID"),
+        ("SLURM_NTASKS", "SLURM_PROCID"),
+        ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
+    ):
+        if os.environ.get(size, "1") != "1" and os.environ.get(number, "").isdecimal():
+            return int(os.environ[number])
+    return 0
 
 
 def _identity(config: Config, scan: check_data.Scan, dataset: Dataset, plan: Plan, stored: stats.Stored) -> dict:
@@ -2044,6 +2090,8 @@ def _scan_train_report(config: Config, keeper: Keeper, held: logging.handlers.Me
     started, run = time.perf_counter(), keeper.run
     device = start_jax()
     leads = jax.process_index() == 0
+    if leads != keeper.leads:
+        raise check_data.UsageError("the environment names this process as one of several, and jax knows no others")
     if not leads:
         log.setLevel(logging.WARNING)
     log.info(f"device: {device}")
@@ -2064,10 +2112,12 @@ def _scan_train_report(config: Config, keeper: Keeper, held: logging.handlers.Me
         raise check_data.UsageError(obstacle)
     dataset = pack(scan, config.pooling)
     plan = make_plan(dataset, config)
-    stored = _statistics(scan, dataset, run, config)
+    stored, new_place = _statistics(scan, dataset, run, config)
     if config.fresh:
         keeper.clear()
     place = keeper.look(_identity(config, scan, dataset, plan, stored))
+    if new_place and leads:
+        stats.save(new_place, stored.statistics, scan.fingerprint)
     _say_plan(plan, config.seeds)
     if place:
         log.info(f"GOING ON from {place} of the unfinished run in {check_data.printable(str(run))}")
@@ -2087,8 +2137,10 @@ def _scan_train_report(config: Config, keeper: Keeper, held: logging.handlers.Me
     metrics |= {"seconds": round(time.perf_counter() - started, 1)}
     if not leads:
         return ""
-    save_run(run, scan, dataset, plan, trained, stored, metrics, probability, config)
-    keeper.clear()
+    keeper.rest()
+    with keeper.writing:
+        save_run(run, scan, dataset, plan, trained, stored, metrics, probability, config)
+        keeper.clear(finished=True)
     return report(metrics, run)
 
 
@@ -2172,7 +2224,7 @@ def run_prediction(config: Config) -> int:
     """Label the files of DIR with the final model of a run; labels in the names are not needed."""
     model = load_model(Path(config.predict))
     out = Path(config.out or Path(config.predict) / f"predict-{Path(config.directory).resolve().name}")
-    if (out / "metrics.json").exists():
+    if any((out / name).exists() for name in ("metrics.json", "lock")):
         told = check_data.printable(str(out))
         raise check_data.UsageError(f"{told} holds the results of a training run; choose another --out")
     log.info(f"device: {start_jax()}")

@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -1254,20 +1255,26 @@ def unbroken(tmp_path_factory, jax_stack):
     return place
 
 
+def stopping_after(patch, calls):
+    """Let every call be saved before the next one, and training end with an exception after so many."""
+    offer, made = train.Keeper.offer, []
+
+    def offer_and_wait(keeper, progress):
+        offer(keeper, progress)
+        keeper.rest()
+        made.append(progress)
+        if len(made) == calls:
+            raise Stop
+
+    patch.setattr(train.Keeper, "offer", offer_and_wait)
+    patch.setattr(train, "DUTY", 0)
+
+
 @pytest.fixture
 def broken(unbroken, tmp_path, monkeypatch):
     """A run that stopped after its third call, with the state of the second and the third on the disk."""
-    calls = []
-
-    def stop(*arguments):
-        calls.append(1)
-        time.sleep(0.2)  # the save is in the background
-        if len(calls) == 3:
-            raise Stop
-
     with monkeypatch.context() as patch:
-        patch.setattr(train, "_say_progress", stop)
-        patch.setattr(train, "DUTY", 0)
+        stopping_after(patch, 3)
         with pytest.raises(Stop):
             train.main([str(unbroken / "data"), "--out", str(tmp_path / "run"), *KEPT])
     assert {path.name for path in tmp_path.glob("run/state*")} == {"state-0.bin", "state-1.bin"}
@@ -1320,7 +1327,7 @@ def test_when_nothing_of_the_state_is_whole_nothing_is_started_over_in_silence(u
     ("more", "told"),
     [
         (("--width", "16"), "--width 8 there and 16 here"),
-        (("--classes", "happy,sad"), "--classes None there and happy,sad here"),
+        (("--classes", "happy,sad"), "--classes unset there and happy,sad here"),
     ],
 )
 def test_the_state_of_another_run_is_refused_with_the_difference(unbroken, broken, caplog, more, told):
@@ -1343,23 +1350,75 @@ def test_a_sweep_goes_on_in_the_middle_of_a_setting(unbroken, tmp_path, monkeypa
     monkeypatch.setattr(train, "SWEEP", {name: (1.0,) if name == "width" else (0.0,) for name in train.SWEEP})
     monkeypatch.setitem(train.SWEEP, "learning_rate", (0.001, 0.02))
     assert go_on(unbroken, tmp_path / "whole", "--sweep") == 0
-    monkeypatch.setattr(train, "DUTY", 0)
-    real, calls = train._say_progress, []
-
-    def stop(*arguments):
-        calls.append(1)
-        time.sleep(0.2)
-        if len(calls) == 6:
-            raise Stop
-        real(*arguments)
-
-    monkeypatch.setattr(train, "_say_progress", stop)
-    with pytest.raises(Stop):
-        go_on(unbroken, tmp_path / "run", "--sweep")
+    with monkeypatch.context() as patch:
+        stopping_after(patch, 6)
+        with pytest.raises(Stop):
+            go_on(unbroken, tmp_path / "run", "--sweep")
     assert stats.read_checked_arrays(states(tmp_path / "run")[-1])[0]["place"] == "epoch 8 of setting 2"
     assert go_on(unbroken, tmp_path / "run", "--sweep") == 0
-    assert len(calls) == 8
     assert outcome_of(tmp_path / "run") == outcome_of(tmp_path / "whole")
+
+
+def test_a_save_that_lags_behind_spoils_no_result(unbroken, tmp_path, monkeypatch):
+    """The background alone has a slow disk: the results wait for it."""
+    fsync = os.fsync
+
+    def slow(file):
+        if threading.current_thread() is not threading.main_thread():
+            time.sleep(1)
+        fsync(file)
+
+    monkeypatch.setattr(os, "fsync", slow)
+    monkeypatch.setattr(train, "DUTY", 0)
+    assert go_on(unbroken, tmp_path / "run") == 0
+    assert outcome_of(tmp_path / "run") == outcome_of(unbroken / "run")
+    assert {path.name for path in (tmp_path / "run").iterdir()} == ARTIFACTS
+
+
+def test_a_fault_of_the_background_is_said_once_and_ends_no_run(unbroken, tmp_path, monkeypatch, caplog):
+    def fault(*arguments):
+        raise MemoryError
+
+    monkeypatch.setattr(stats, "checked_arrays", fault)
+    monkeypatch.setattr(train, "DUTY", 0)
+    assert go_on(unbroken, tmp_path / "run") == 0
+    assert caplog.text.count("state: not saved, the run goes on: MemoryError()") == 1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda described, arrays: described.pop("serial"),
+        lambda described, arrays: described.update(identity=None),
+        lambda described, arrays: described.update(epoch="8"),
+        lambda described, arrays: described.update(epoch=-4),
+        lambda described, arrays: described.update(history=[]),
+        lambda described, arrays: arrays.update({next(iter(arrays)): np.full(3, np.nan, np.float32)}),
+        lambda described, arrays: arrays.pop(next(iter(arrays))),
+    ],
+)
+def test_a_state_that_no_run_can_have_written_is_refused(unbroken, broken, caplog, change):
+    for path in states(broken):
+        described, arrays = stats.read_checked_arrays(path)
+        change(described, arrays)
+        stats.write_files(broken, {path.name: stats.checked_arrays(described, arrays)})
+    assert go_on(unbroken, broken) == 2
+    assert "--fresh starts over" in caplog.records[-1].message
+
+
+def test_a_run_that_is_refused_leaves_nothing_behind(unbroken, tmp_path):
+    assert go_on(unbroken, tmp_path / "run", "--folds", "nonsense") == 2
+    assert not (tmp_path / "run").exists()
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / ".thesis.tmp").write_text("mine")
+    (tmp_path / "own" / "lock").symlink_to("precious")
+    (tmp_path / "own" / "precious").write_text("mine")
+    assert go_on(unbroken, tmp_path / "own", "--folds", "nonsense") == 1
+    assert {(path.name, path.read_text()) for path in (tmp_path / "own").iterdir()} == {
+        (".thesis.tmp", "mine"),
+        ("precious", "mine"),
+        ("lock", "mine"),
+    }
 
 
 def test_after_bad_steps_the_state_before_them_is_on_the_disk(unbroken, tmp_path, monkeypatch, caplog):
@@ -1433,6 +1492,7 @@ def wait_for(process, found):
         assert process.poll() is None, process.stderr.read()
 
 
+SLOW_DISK = "import os; fsync = os.fsync; os.fsync = lambda file: (time.sleep(0.1), fsync(file))"
 SLOW = "import time; real = train._say_progress; train._say_progress = lambda *a: (real(*a), time.sleep(0.6))"
 
 
@@ -1473,22 +1533,22 @@ def test_kills_at_random_moments_change_no_bit_of_the_outcome(unbroken, tmp_path
     whole = started(unbroken, tmp_path / "whole", own)
     assert whole.wait() == 0, whole.stderr.read()
     for moment in ("writing", "any", "renamed", "writing", "any"):
-        process = started(unbroken, run, own, SLOW)
+        process = started(unbroken, run, own, SLOW, SLOW_DISK)
         before = {path: path.stat().st_mtime_ns for path in run.glob("state-*.bin")}
         if moment == "writing":
             wait_for(process, lambda: list(run.glob(".state*")))
         elif moment == "renamed":
             wait_for(process, lambda b=before: {p: p.stat().st_mtime_ns for p in run.glob("state-*.bin")} != b)
         else:
-            time.sleep(random.uniform(0, 3))
+            time.sleep(random.uniform(0.2, 1.5))
         process.kill()
         process.communicate()
         assert process.returncode == -signal.SIGKILL
-    resumes = bool(list(run.glob("state-*.bin")))
+    assert list(run.glob("state-*.bin"))
     final = started(unbroken, run, own)
     told = final.communicate()[1]
     assert final.returncode == 0, told
-    assert ("GOING ON from" in told) == resumes
+    assert "GOING ON from" in told
     assert outcome_of(run) == outcome_of(tmp_path / "whole")
     assert {path.name for path in run.iterdir()} == ARTIFACTS
 
