@@ -931,6 +931,7 @@ ARTIFACTS = {
     "history.csv",
     "predictions.csv",
     "confusion.csv",
+    "report.html",
     "wav2vec_mean.npy",
     "wav2vec_std.npy",
     "skipped.csv",
