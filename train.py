@@ -1876,14 +1876,14 @@ def _console(metrics: dict, **how: Any) -> Console:
 def draw_report(console: Console, metrics: dict, run: Path) -> None:
     """Draw the closing report; all but the place of the results is in the metrics."""
     classes, folds = metrics["classes"], metrics["folds"]
-    block = "#" if console.options.ascii_only else "\N{FULL BLOCK}"
+    line = "#" if console.options.ascii_only else "\N{BOX DRAWINGS HEAVY HORIZONTAL}"
 
     def bar(share: float, width: int = 20) -> str:
-        return block * round(share * width) if math.isfinite(share) else ""
+        return line * round(share * width) if math.isfinite(share) else ""
 
     say = functools.partial(console.print, soft_wrap=True)
     kind = "speaker-independent" if metrics["speaker_independent"] else "NOT speaker-independent"
-    say(f"\n{kind} cross-validation, {metrics['fold_scheme']} ({len(folds)} folds):", end=" ")
+    say(f"\n{kind} cross-validation, {check_data.printable(metrics['fold_scheme'])} ({len(folds)} folds)")
     say(f"{metrics['n_utterances']} utterances, {metrics['n_speakers']} speakers, {len(classes)} classes\n")
     console.print(_score_table(metrics))
     console.print(_confusion_table(metrics))
@@ -1945,11 +1945,9 @@ def _confusion_table(metrics: dict) -> Table:
 
 
 def _shade(share: float) -> str:
-    """Background by share, from pale to dark blue, and the one of black and white that can be read on it."""
-    if not share:
-        return ""
-    red, green, blue = (round(pale + share * (dark - pale)) for pale, dark in ((222, 8), (235, 48), (247, 107)))
-    return f"{'#ffffff' if share > 0.62 else '#000000'} on rgb({red},{green},{blue})"
+    """Black on a background from grey to orange, which stands out on a light screen and on a dark one."""
+    red, green, blue = (round(175 + share * (full - 175)) for full in (255, 136, 0))
+    return f"#000000 on rgb({red},{green},{blue})" if share else ""
 
 
 def _sweep_table(sweep: list[dict]) -> Table:
@@ -1978,11 +1976,9 @@ def _curve_table(curves: list[dict], bar: Callable[[float], str]) -> Table:
     table = _table(title, [], ["epoch", "folds", "loss", "from", "to", "UA", "from", "to"], "")
     for place in np.unique(np.linspace(0, len(curves) - 1, SHOWN).astype(int)):
         found = curves[place]
-        loss, ua = (
-            [f"{found[name][of]:.3f}" for of in ("mean", "low", "high")]
-            for name in ("validation_loss", "validation_ua")
-        )
-        table.add_row(str(found["epoch"]), str(found["folds"]), *loss, *ua, bar(found["validation_ua"]["mean"]))
+        loss, ua = found["validation_loss"], found["validation_ua"]
+        means = [f"{value:.3f}" for value in (*loss.values(), *ua.values())]
+        table.add_row(str(found["epoch"]), str(found["folds"]), *means, bar(ua["mean"]))
     return table
 
 
