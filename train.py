@@ -1945,8 +1945,11 @@ def _confusion_table(metrics: dict) -> Table:
 
 
 def _shade(share: float) -> str:
-    """Black on a background from grey to orange, which stands out on a light screen and on a dark one."""
-    red, green, blue = (round(175 + share * (full - 175)) for full in (255, 136, 0))
+    """Black on a background from grey to orange, which stands out on a light screen and on a dark one.
+
+    Its depth is the root of the share, since most confusions are a small one.
+    """
+    red, green, blue = (round(175 + math.sqrt(share) * (full - 175)) for full in (255, 136, 0))
     return f"#000000 on rgb({red},{green},{blue})" if share else ""
 
 
