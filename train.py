@@ -1863,7 +1863,7 @@ def report_text(metrics: dict, run: Path, file: Any) -> str:
 
 def report_html(metrics: dict, run: Path) -> bytes:
     """The same report as a page that needs nothing else."""
-    console = _console(metrics, file=io.StringIO(), record=True, color_system="truecolor", no_color=False)
+    console = _console(metrics, file=io.StringIO(), record=True)
     draw_report(console, metrics, run)
     return console.export_html(inline_styles=True, code_format=PAGE % metrics).encode()
 
@@ -2028,15 +2028,10 @@ def _card_lines(metrics: dict) -> Iterator[tuple[str, str]]:
     else:
         yield "speakers", "NOT speaker-independent: a model may have heard whom it was tested on; UA is too good"
     yield "intended use", "to compare features and settings, and as one part of a fusion; not to judge a person"
-    whom = "unseen speakers" if metrics["speaker_independent"] else "further recordings of the same speakers, perhaps,"
-    yield "UA means", f"how often it is right on {whom} of these corpora, every class counting alike"
-    yield (
-        "it does not mean",
-        (
-            "how well it tells what people feel: speech in such corpora is mostly acted, and other languages,"
-            " microphones and rooms were not tested"
-        ),
-    )
+    whom = "unseen speakers" if metrics["speaker_independent"] else "voices that it may know"
+    yield "UA means", f"how often it is right on {whom} in recordings like these, every class counting alike"
+    yield "it does not mean", "how well it tells what people feel: speech in such corpora is mostly acted"
+    yield "not tested", "other languages, microphones and rooms"
 
 
 # --- the program --------------------------------------------------------------------------------------------------

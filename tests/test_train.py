@@ -1209,13 +1209,16 @@ class Terminal(io.StringIO):
 def test_colour_is_for_terminals_that_want_it(trained, monkeypatch, environment, coloured, styled):
     for name in ("NO_COLOR", "FORCE_COLOR", "COLORTERM", "TTY_COMPATIBLE"):
         monkeypatch.delenv(name, raising=False)
+    metrics = json.loads((trained / "first" / "metrics.json").read_text())
+    page = train.report_html(metrics, Path("run"))
     for name, value in ({"TERM": "xterm"} | environment).items():
         monkeypatch.setenv(name, value)
-    metrics = json.loads((trained / "first" / "metrics.json").read_text())
     monkeypatch.setattr(sys, "stdout", Terminal())
     shown = train.report_text(metrics, Path("run"), sys.stdout)
     assert bool(re.search(r"\x1b\[[0-9;]*48;", shown)) == coloured
     assert ("\x1b[" in shown) == styled
+    assert train.report_html(metrics, Path("run")) == page
+    monkeypatch.setenv("FORCE_COLOR", "1")  # of a terminal, not of train.log
     assert re.sub(r"\x1b\[[0-9;]*m", "", shown) == train.report_text(metrics, Path("run"), io.StringIO())
 
 
