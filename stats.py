@@ -1,6 +1,6 @@
-"""What the numbers are: moments, the statistics files, and the scores of a confusion matrix.
+"""What the numbers are: moments, the statistics files, the scores of a confusion matrix, and calibration.
 
-Needs numpy alone. Axes: G groups (speakers), D features, C classes, R resamples.
+Needs numpy alone. Axes: N utterances, G groups (speakers), D features, C classes, R resamples.
 """
 
 import ast
@@ -514,6 +514,36 @@ def scores(confusion: np.ndarray) -> dict[str, np.ndarray]:
         return {"ua": recall, "wa": right.sum(-1) / labelled.sum(-1), "macro_f1": f1}
 
 
+def majority_scores(confusion: np.ndarray) -> dict[str, np.ndarray]:
+    """The `scores` of always answering the most frequent label; `ua` is 1 / C, however frequent that label is.
+
+    Parameters
+    ----------
+    confusion
+        Shape (C, C), rows are labels.
+    """
+    labelled = np.sum(confusion, 1)
+    always = np.zeros_like(confusion)
+    always[:, labelled.argmax()] = labelled
+    return scores(always)
+
+
+def group_confusions(
+    group: list[str], label: np.ndarray, predicted: np.ndarray, classes: int
+) -> tuple[list[str], np.ndarray]:
+    """The names of the groups, sorted, and the confusion matrix of each, shape (G, C, C).
+
+    Parameters
+    ----------
+    group, label, predicted
+        Group, class and predicted class of each utterance, shape (N,).
+    """
+    names, member = np.unique(group, return_inverse=True)
+    confusions = np.zeros((len(names), classes, classes), int)
+    np.add.at(confusions, (member.reshape(-1), label, predicted), 1)
+    return names.tolist(), confusions
+
+
 def speaker_intervals(confusions: np.ndarray, seed: int, resamples: int = 2000) -> dict[str, tuple[float, float]]:
     """95 % percentile intervals of the scores from a bootstrap over speakers.
 
@@ -528,3 +558,44 @@ def speaker_intervals(confusions: np.ndarray, seed: int, resamples: int = 2000) 
     drawn = np.random.default_rng(seed).multinomial(groups, np.full(groups, 1 / groups), resamples)  # (R, G)
     resampled = np.tensordot(drawn, confusions, 1)  # (R, C, C)
     return {name: tuple(np.nanpercentile(values, (2.5, 97.5)).tolist()) for name, values in scores(resampled).items()}
+
+
+# --- calibration --------------------------------------------------------------------------------------------------
+
+
+def reliability(probability: np.ndarray, label: np.ndarray, bins: int = 15) -> dict[str, np.ndarray]:
+    """Confidence against accuracy in bins of equal width.
+
+    The confidence of a prediction is its largest probability. A bin holds those above its lower edge and up to its
+    upper one.
+
+    Parameters
+    ----------
+    probability
+        Shape (N, C).
+    label
+        Class of each utterance, shape (N,).
+
+    Returns
+    -------
+    dict
+        `low` and `high` edges, the count `n`, mean `confidence` and `accuracy` of each bin, shape (bins,); the last
+        two are NaN in an empty bin.
+    """
+    confidence, right = probability.max(1), probability.argmax(1) == label
+    place = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
+    n = np.bincount(place, minlength=bins)
+    edges = np.arange(bins + 1) / bins
+    with np.errstate(invalid="ignore"):
+        means = {name: np.bincount(place, x, bins) / n for name, x in (("confidence", confidence), ("accuracy", right))}
+    return {"low": edges[:-1], "high": edges[1:], "n": n} | means
+
+
+def expected_calibration_error(probability: np.ndarray, label: np.ndarray, bins: int = 15) -> float:
+    """Mean distance of confidence and accuracy over the bins of `reliability`, weighted by their counts; a fraction.
+
+    Naeini, Cooper and Hauskrecht 2015, "Obtaining well calibrated probabilities using Bayesian binning"; 15 bins as
+    in Guo, Pleiss, Sun and Weinberger 2017, "On calibration of modern neural networks".
+    """
+    found = reliability(probability, label, bins)
+    return float(np.nansum(found["n"] * np.abs(found["accuracy"] - found["confidence"])) / found["n"].sum())

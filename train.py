@@ -29,13 +29,14 @@ import logging.handlers
 import math
 import os
 import platform
+import shlex
 import signal
 import socket
 import stat
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -48,6 +49,7 @@ import numpy as np
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 import check_data
 import emotions
@@ -65,6 +67,7 @@ STEPS_AN_EPOCH = 16  # at least, for sets so small that whole batches would leav
 ENDING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 DUTY = 20  # times as long as a save of the state took, the next one waits; it is done in the background
 BAD_STEPS_END = 5  # steps in a row with a loss or gradient that is not finite
+SHOWN = 10  # rows of a table of the report; metrics.json has all
 
 
 SWEEP = {  # the grid of --sweep: every combination
@@ -1290,6 +1293,10 @@ class Trained(NamedTuple):
     choices: list[dict]
     sweep: list[dict]
 
+    def temperature(self, plan: Plan) -> np.ndarray:
+        """What the logits of each utterance, (N,), were divided by to calibrate them."""
+        return np.array([choice["temperature"] for choice in self.choices])[plan.fold]
+
 
 def population_mesh(members: int) -> Any:
     """The devices that share the population: as many as are busy with equal shares."""
@@ -1715,14 +1722,14 @@ def evaluate(dataset: Dataset, plan: Plan, trained: Trained, supplied: bool, con
         model that never saw the utterance's speaker.
     """
     classes, label = len(dataset.classes), dataset.label
-    probability = stats.probabilities(trained.logits[plan.fold, np.arange(len(label))])
+    logits = trained.logits[plan.fold, np.arange(len(label))]
+    probability, before = stats.probabilities(logits), logits * trained.temperature(plan)[:, None]
     predicted = probability.argmax(1)
-    names, speaker = np.unique(plan.speaker, return_inverse=True)
-    by_speaker = np.zeros((len(names), classes, classes), int)
-    np.add.at(by_speaker, (speaker.reshape(-1), label, predicted), 1)
+    _, by_speaker = stats.group_confusions(plan.speaker, label, predicted, classes)
     confusion = by_speaker.sum(0)
     overall, intervals = stats.scores(confusion), stats.speaker_intervals(by_speaker, config.seed)
     metrics = _plain(overall) | {f"{name}_ci95": list(interval) for name, interval in intervals.items()}
+    metrics |= {f"majority_{name}": value for name, value in _plain(stats.majority_scores(confusion)).items()}
     metrics |= {
         "chance_ua": 1 / classes,
         "classes": list(dataset.classes),
@@ -1733,15 +1740,72 @@ def evaluate(dataset: Dataset, plan: Plan, trained: Trained, supplied: bool, con
         "fold_scheme": plan.scheme,
         "folds": [_fold_report(fold, dataset, plan, trained, predicted, config) for fold in range(plan.folds)],
         "confusion": confusion.tolist(),
-        "speakers": {str(name): _plain(stats.scores(counts)) for name, counts in zip(names, by_speaker)}
-        if plan.independent
-        else {},
+        "speakers": _group_scores(plan.speaker, dataset, predicted) if plan.independent else {},
         "statistics": "supplied by the user" if supplied else "of the training speakers",
         "notes": plan.notes
         + ["your own statistics apply to every fold; if they were computed here, they know the test speakers"]
         * supplied,
     }
+    metrics |= _closer_look(dataset, probability) | {"curves": _curves(trained, config)}
+    metrics["ece_uncalibrated"] = stats.expected_calibration_error(stats.probabilities(before), label)
     return metrics, probability
+
+
+def _closer_look(dataset: Dataset, probability: np.ndarray) -> dict:
+    """Where the predictions are good and bad: by what the names tell, by confidence, and the worst by name."""
+    predicted, confidence = probability.argmax(1), probability.max(1)
+    bins = {name: values.tolist() for name, values in stats.reliability(probability, dataset.label).items()}
+    wrong = np.flatnonzero(predicted != dataset.label)
+    worst = wrong[np.argsort(-confidence[wrong], kind="stable")][:SHOWN]
+    return {
+        "groups": {
+            field: _group_scores([getattr(utterance, field) for utterance in dataset.utterances], dataset, predicted)
+            for field in ("corpus", "gender", "intensity")
+        },
+        "ece": stats.expected_calibration_error(probability, dataset.label),
+        "reliability": [dict(zip(bins, row)) for row in zip(*bins.values())],
+        "confident_mistakes": [
+            {"file": utterance.file, "label": utterance.emotion, "predicted": dataset.classes[predicted[n]]}
+            | {"confidence": float(confidence[n])}
+            for n in worst
+            for utterance in [dataset.utterances[n]]
+        ],
+    }
+
+
+def _group_scores(group: Iterable[str | None], dataset: Dataset, predicted: np.ndarray) -> dict[str, dict]:
+    """Count and scores of each group; an utterance whose group is None is in none."""
+    told = [(name, n) for n, name in enumerate(group) if name is not None]
+    if not told:
+        return {}
+    named, chosen = map(list, zip(*told))
+    found = stats.group_confusions(named, dataset.label[chosen], predicted[chosen], len(dataset.classes))
+    return {name: {"n": int(counts.sum())} | _plain(stats.scores(counts)) for name, counts in zip(*found)}
+
+
+def _curves(trained: Trained, config: Config) -> list[dict]:
+    """Validation loss and UA by epoch: mean, lowest and highest over the folds that still trained, of their seeds.
+
+    They are those of the hidden layer, since the linear part has no epochs; of a sweep, with the chosen setting.
+    """
+    chosen = {}
+    if config.sweep:
+        settings = [setting._asdict() for setting in sweep_settings(config)]
+        chosen = {
+            str(fold + 1): 1 + next(n for n, setting in enumerate(settings) if setting.items() <= choice.items())
+            for fold, choice in enumerate(trained.choices)
+        }
+    folds: dict[int, dict[str, list]] = {}
+    for row in trained.history:
+        if row["fold"] != "final" and row.get("setting") == chosen.get(row["fold"]):
+            folds.setdefault(row["epoch"], {}).setdefault(row["fold"], []).append(row)
+    curves = []
+    for epoch, by_fold in sorted(folds.items()):
+        curves.append({"epoch": epoch, "folds": len(by_fold)})
+        for name in ("validation_loss", "validation_ua"):
+            means = [float(np.mean([row[name] for row in rows])) for rows in by_fold.values()]
+            curves[-1][name] = {"mean": float(np.mean(means)), "low": min(means), "high": max(means)}
+    return curves
 
 
 def _fold_report(
@@ -1890,7 +1954,7 @@ def save_run(
             [utterance.file for utterance in dataset.utterances],
             dataset.classes,
             trained.logits[plan.fold, np.arange(len(plan.fold))],
-            np.array([choice["temperature"] for choice in trained.choices])[plan.fold],
+            trained.temperature(plan),
             trained.embedding,
             (stored.statistics.mean, stored.statistics.scale()),
             fold=plan.fold + 1,
@@ -1898,6 +1962,7 @@ def save_run(
             speaker=[utterance.speaker or "" for utterance in dataset.utterances],
         ),
         "model.npz": model_bytes(final, stored.statistics),
+        "report.html": report_html(metrics, run),
         "metrics.json": stats.json_bytes(metrics),
     }
     run.mkdir(parents=True, exist_ok=True)  # somebody may have moved it away meanwhile
@@ -1907,69 +1972,204 @@ def save_run(
 # --- the report ---------------------------------------------------------------------------------------------------
 
 
-def report(metrics: dict, run: Path) -> str:
-    """The closing report."""
+PAGE = """<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>Speech emotion report: UA %(ua).4f, %(n_utterances)d utterances, %(n_speakers)d speakers</title>
+<style>
+:root {{ color-scheme: light dark }}
+pre {{ overflow-x: auto; font: clamp(12px, 1.9vw, 15px)/1.35 Menlo, "DejaVu Sans Mono", Consolas, monospace }}
+</style>
+</head>
+<body>
+<pre>{code}</pre>
+</body>
+</html>
+"""
+
+
+def report_text(metrics: dict, run: Path, file: Any) -> str:
+    """The closing report as `file` can show it: standard output in colour where it is a terminal that has them."""
+    console = _console(metrics, file=file, color_system="auto" if file is sys.stdout else None)
+    with console.capture() as captured:  # rich's own writing ends the program with 1 where a pipe's reader has gone
+        draw_report(console, metrics, run)
+    return captured.get()
+
+
+def report_html(metrics: dict, run: Path) -> bytes:
+    """The same report as a page that needs nothing else."""
+    console = _console(metrics, file=io.StringIO(), record=True)
+    draw_report(console, metrics, run)
+    return console.export_html(inline_styles=True, code_format=PAGE % metrics).encode()
+
+
+def _console(metrics: dict, **how: Any) -> Console:
+    width = max(80, 24 + 7 * len(metrics["classes"]))  # as the confusion matrix needs
+    return Console(highlight=False, markup=False, emoji=False, force_jupyter=False, width=width, **how)
+
+
+def draw_report(console: Console, metrics: dict, run: Path) -> None:
+    """Draw the closing report; all but the place of the results is in the metrics."""
     classes, folds = metrics["classes"], metrics["folds"]
-    width = max(80, 20 + 7 * len(classes))
-    console = Console(file=io.StringIO(), highlight=False, markup=False, width=width)
+    line = "#" if console.options.ascii_only else "\N{BOX DRAWINGS HEAVY HORIZONTAL}"
+
+    def bar(share: float, width: int = 20) -> str:
+        return line * round(share * width) if math.isfinite(share) else ""
+
     say = functools.partial(console.print, soft_wrap=True)
     kind = "speaker-independent" if metrics["speaker_independent"] else "NOT speaker-independent"
-    say(f"\n{kind} cross-validation, {metrics['fold_scheme']} ({len(folds)} folds):", end=" ")
+    say(f"\n{kind} cross-validation, {check_data.printable(metrics['fold_scheme'])} ({len(folds)} folds)")
     say(f"{metrics['n_utterances']} utterances, {metrics['n_speakers']} speakers, {len(classes)} classes\n")
-    for name, title in (("ua", "UA (mean recall)"), ("wa", "WA (accuracy)"), ("macro_f1", "macro F1")):
-        low, high = metrics[f"{name}_ci95"]
-        chance = f"   chance {metrics['chance_ua']:.4f}" if name == "ua" else ""
-        say(f"  {title:<17} {metrics[name]:.4f}   95 % interval {low:.4f} to {high:.4f}{chance}")
+    console.print(_score_table(metrics))
     console.print(_confusion_table(metrics))
     if "sweep" in metrics:
         console.print(_sweep_table(metrics["sweep"]))
-    for title, text in _closing_lines(metrics):
-        say(f"  {title:<17} {text}")
+    console.print(_group_table(metrics, bar))
+    if metrics["curves"]:
+        console.print(_curve_table(metrics["curves"], bar))
+    console.print(_reliability_table(metrics, bar))
+    if metrics["confident_mistakes"]:
+        console.print(_mistake_table(metrics["confident_mistakes"]))
+    for title, lines in (("the run", _run_lines(metrics)), ("model card", _card_lines(metrics))):
+        say(f"{title}\n", style="bold")
+        console.print(_grid(lines), "")
     say(f"  {'results':<17} {check_data.printable(str(run))}")
-    return console.file.getvalue()
 
 
-def _closing_lines(metrics: dict) -> Iterator[tuple[str, str]]:
-    recalls = " ".join(f"{fold['ua']:.3f}" for fold in metrics["folds"][:10])
-    yield "UA of the folds", recalls + " ..." * (len(metrics["folds"]) > 10)
-    weakest = sorted(metrics["speakers"].items(), key=lambda item: item[1]["ua"])[:5]
-    if weakest:
-        named = [f"{check_data.printable(name)} {scores['ua']:.3f}" for name, scores in weakest]
-        yield "weakest speakers", f"{', '.join(named)} (UA)"
-    reasons = ", ".join(f"{code} {count}" for code, count in metrics["left_out"].items())
-    why = f": {reasons}; skipped.csv names them" if reasons else ""
-    yield "left out", f"{sum(metrics['left_out'].values())} files{why}"
-    for note in metrics["notes"]:
-        yield "note", note
-    yield "device", metrics["device"]
-    yield "versions", ", ".join(f"{name} {version}" for name, version in metrics["versions"].items())
-    yield "seconds", f"{metrics['seconds']:.1f}"
+def _table(title: str, left: Iterable[str], right: Iterable[str], last: str | None = None) -> Table:
+    """An empty table; a long name is folded, a number never."""
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for name in left:
+        table.add_column(name, overflow="fold")
+    for name in right:
+        table.add_column(name, justify="right", no_wrap=True)
+    if last is not None:
+        table.add_column(last, overflow="fold")
+    return table
 
 
-def _sweep_table(sweep: list[dict], shown: int = 10) -> Table:
-    """The settings with the best mean validation loss, and how many folds chose each."""
-    title = f"settings by mean validation loss, {min(shown, len(sweep))} of {len(sweep)}; metrics.json has all"
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for name in sweep[0]:
-        table.add_column(name.replace("_", " "), justify="right")
-    for row in sweep[:shown]:
-        table.add_row(*(f"{value:.4f}" if name == "validation_loss" else f"{value:g}" for name, value in row.items()))
+def _grid(lines: Iterable[tuple[str, str]]) -> Table:
+    grid = Table.grid(padding=(0, 1, 0, 0))
+    grid.add_column(no_wrap=True, width=19)
+    grid.add_column(overflow="fold")
+    for title, text in lines:
+        grid.add_row(f"  {title}", check_data.printable(text))
+    return grid
+
+
+def _score_table(metrics: dict) -> Table:
+    table = _table("scores", ["measure"], ["score", "95 % interval", "chance", "majority"])
+    for name, title in (("ua", "UA (mean recall)"), ("wa", "WA (accuracy)"), ("macro_f1", "macro F1")):
+        low, high = metrics[f"{name}_ci95"]
+        chance = f"{metrics['chance_ua']:.4f}" if name == "ua" else ""
+        interval, majority = f"{low:.4f} to {high:.4f}", f"{metrics[f'majority_{name}']:.4f}"
+        table.add_row(title, f"{metrics[name]:.4f}", interval, chance, majority)
     return table
 
 
 def _confusion_table(metrics: dict) -> Table:
     """Rows are labels, columns predictions; class names are cut so that eight of them fit 80 columns."""
-    names, confusion = metrics["classes"], metrics["confusion"]
-    table = Table(
-        title="label (row) against prediction (column)", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0)
-    )
-    table.add_column("", no_wrap=True)
-    for name in names:
-        table.add_column(name[:6], justify="right", no_wrap=True)
-    table.add_column("recall", justify="right")
-    for name, counts in zip(names, confusion):
-        table.add_row(name, *map(str, counts), f"{metrics['recall'][name]:.3f}")
+    names = [check_data.printable(name) for name in metrics["classes"]]
+    title = "label (row) against prediction (column), coloured by the share of the row"
+    table = _table(title, [""], [*(name[:5] for name in names), "recall"])
+    for name, counts, recall in zip(names, metrics["confusion"], metrics["recall"].values()):
+        total = max(sum(counts), 1)
+        cells = [Text(f"{count:>5}", _shade(count / total)) for count in counts]
+        table.add_row(name[:12], *cells, f"{recall:.3f}")
     return table
+
+
+def _shade(share: float) -> str:
+    """Black on a background from grey to orange, which stands out on a light screen and on a dark one.
+
+    Its depth is the root of the share, since most confusions are a small one.
+    """
+    red, green, blue = (round(175 + math.sqrt(share) * (full - 175)) for full in (255, 136, 0))
+    return f"#000000 on rgb({red},{green},{blue})" if share else ""
+
+
+def _sweep_table(sweep: list[dict]) -> Table:
+    """The settings with the best mean validation loss, and how many folds chose each."""
+    title = f"settings by mean validation loss, {min(SHOWN, len(sweep))} of {len(sweep)}; metrics.json has all"
+    table = _table(title, [], [name.replace("_", " ") for name in sweep[0]])
+    for row in sweep[:SHOWN]:
+        table.add_row(*(f"{value:.4f}" if name == "validation_loss" else f"{value:g}" for name, value in row.items()))
+    return table
+
+
+def _group_table(metrics: dict, bar: Callable[[float], str]) -> Table:
+    table = _table("UA by what the names tell, weakest first", ["", "group"], ["n", "UA"], "")
+    for field, groups in (metrics["groups"] | {"speaker": metrics["speakers"]}).items():
+        shown = 5 if field == "speaker" else SHOWN
+        for name, found in sorted(groups.items(), key=lambda item: item[1]["ua"])[:shown]:
+            ua = found["ua"]
+            table.add_row(field, check_data.printable(name), str(found["n"]), f"{ua:.3f}", bar(ua))
+        if len(groups) > shown:
+            table.add_row(field, f"... and {len(groups) - shown} more in metrics.json")
+    return table
+
+
+def _curve_table(curves: list[dict], bar: Callable[[float], str]) -> Table:
+    title = "validation by epoch, over the folds still training (hidden layer alone)"
+    table = _table(title, [], ["epoch", "folds", "loss", "from", "to", "UA", "from", "to"], "")
+    for place in np.unique(np.linspace(0, len(curves) - 1, SHOWN).astype(int)):
+        found = curves[place]
+        loss, ua = found["validation_loss"], found["validation_ua"]
+        means = [f"{value:.3f}" for value in (*loss.values(), *ua.values())]
+        table.add_row(str(found["epoch"]), str(found["folds"]), *means, bar(ua["mean"]))
+    return table
+
+
+def _reliability_table(metrics: dict, bar: Callable[[float], str]) -> Table:
+    errors = f"{metrics['ece']:.4f}, {metrics['ece_uncalibrated']:.4f} before calibration"
+    title = f"reliability: expected calibration error {errors}"
+    table = _table(title, ["confidence"], ["n", "mean", "accuracy"], "")
+    for found in metrics["reliability"]:
+        if found["n"]:
+            means = [f"{found[name]:.3f}" for name in ("confidence", "accuracy")]
+            edges = f"{found['low']:.3f} to {found['high']:.3f}"
+            table.add_row(edges, str(found["n"]), *means, bar(found["accuracy"]))
+    return table
+
+
+def _mistake_table(mistakes: list[dict]) -> Table:
+    table = _table("the most confident mistakes", ["label", "predicted"], ["confidence"], "file")
+    for mistake in mistakes:
+        label, predicted, file = (check_data.printable(mistake[name]) for name in ("label", "predicted", "file"))
+        table.add_row(label, predicted, f"{mistake['confidence']:.3f}", file)
+    return table
+
+
+def _run_lines(metrics: dict) -> Iterator[tuple[str, str]]:
+    recalls = " ".join(f"{fold['ua']:.3f}" for fold in metrics["folds"][:SHOWN])
+    yield "UA of the folds", recalls + " ..." * (len(metrics["folds"]) > SHOWN)
+    reasons = ", ".join(f"{code} {count}" for code, count in metrics["left_out"].items())
+    why = f": {reasons}; skipped.csv names them" if reasons else ""
+    yield "left out", f"{sum(metrics['left_out'].values())} files{why}"
+    for note in metrics["notes"]:
+        yield "note", note
+    yield "command", metrics["command"]
+    yield "settings", ", ".join(f"{name} {value}" for name, value in metrics["settings"].items())
+    yield "device", metrics["device"]
+    yield "versions", ", ".join(f"{name} {version}" for name, version in metrics["versions"].items())
+    yield "seconds", f"{metrics['seconds']:.1f}"
+
+
+def _card_lines(metrics: dict) -> Iterator[tuple[str, str]]:
+    """What somebody must know who meets the model or its figure without the run."""
+    corpora = ", ".join(f"{name} {found['n']}" for name, found in metrics["groups"]["corpus"].items())
+    yield "data", f"{metrics['n_utterances']} utterances ({corpora}) of {', '.join(metrics['classes'])}"
+    if metrics["speaker_independent"]:
+        yield "speakers", f"{metrics['n_speakers']}; each was tested by models that never heard them"
+    else:
+        yield "speakers", "NOT speaker-independent: a model may have heard whom it was tested on; UA is too good"
+    yield "intended use", "to compare features and settings, and as one part of a fusion; not to judge a person"
+    whom = "unseen speakers" if metrics["speaker_independent"] else "voices that it may know"
+    yield "UA means", f"how often it is right on {whom} in recordings like these, every class counting alike"
+    yield "it does not mean", "how well it tells what people feel: speech in such corpora is mostly acted"
+    yield "not tested", "other languages, microphones and rooms"
 
 
 # --- the program --------------------------------------------------------------------------------------------------
@@ -2034,10 +2234,9 @@ def run_training(config: Config) -> int:
     log.addHandler(held)
     try:
         with Keeper(run, _process_number() == 0) as keeper:
-            text = _scan_train_report(config, keeper, held)
-        if held.target:
-            held.target.stream.write(text)
-        sys.stdout.write(text)
+            metrics = _scan_train_score(config, keeper, held)
+        for file in (held.target.stream, sys.stdout) if metrics else ():
+            file.write(report_text(metrics, run, file))
     finally:
         log.removeHandler(held)
         if held.target:
@@ -2086,7 +2285,29 @@ def _identity(config: Config, scan: check_data.Scan, dataset: Dataset, plan: Pla
     return json.loads(json.dumps({"options": options, "data": told}))  # as it comes back from a file
 
 
-def _scan_train_report(config: Config, keeper: Keeper, held: logging.handlers.MemoryHandler) -> str:
+def _settings(config: Config) -> dict:
+    """The options that say something."""
+    return {
+        name: value
+        for name, value in dataclasses.asdict(config).items()
+        if value is not None and value is not False and value != ()
+    }
+
+
+def command_line(config: Config) -> str:
+    """The command that asks for these options, as a shell takes it."""
+    words = []
+    for field in dataclasses.fields(config)[1:]:
+        value, flag = getattr(config, field.name), f"--{field.name.replace('_', '-')}"
+        if value != field.default:
+            values = value if isinstance(value, tuple) else (value,)
+            words += [flag if one is True else f"{flag}={one}" for one in values]
+    dashed = config.directory.startswith("-")
+    return shlex.join(["python", "train.py", *words, *["--"] * dashed, config.directory])
+
+
+def _scan_train_score(config: Config, keeper: Keeper, held: logging.handlers.MemoryHandler) -> dict:
+    """All that a run does; its metrics, or nothing where another process tells them."""
     started, run = time.perf_counter(), keeper.run
     device = start_jax()
     leads = jax.process_index() == 0
@@ -2097,12 +2318,8 @@ def _scan_train_report(config: Config, keeper: Keeper, held: logging.handlers.Me
     log.info(f"device: {device}")
     if not config.no_compile_cache:
         keep_compiled()
-    given = {
-        name: value
-        for name, value in dataclasses.asdict(config).items()
-        if value is not None and value is not False and value != ()
-    }
-    log.info("settings: " + check_data.printable(", ".join(f"{name} {value}" for name, value in given.items())))
+    settings = _settings(config)
+    log.info("settings: " + check_data.printable(", ".join(f"{name} {value}" for name, value in settings.items())))
     if not os.access(config.directory, os.W_OK):
         log.info(f"statistics: DIR is read-only, so they will be saved in {check_data.printable(str(run))}")
     scan = check_data.scan(config, keep_features=True, progress=_scan_progress())
@@ -2134,14 +2351,15 @@ def _scan_train_report(config: Config, keeper: Keeper, held: logging.handlers.Me
     metrics, probability = evaluate(dataset, plan, trained, stored.supplied, config)
     metrics |= {"sweep": trained.sweep} if trained.sweep else {}
     metrics |= {"left_out": scan.left_out(), "device": device, "versions": _versions()}
-    metrics |= {"seconds": round(time.perf_counter() - started, 1)}
+    metrics |= {"seconds": round(time.perf_counter() - started, 1), "settings": settings}
+    metrics |= {"command": command_line(config)}
     if not leads:
-        return ""
+        return {}
     keeper.rest()
     with keeper.writing:
         save_run(run, scan, dataset, plan, trained, stored, metrics, probability, config)
         keeper.clear(finished=True)
-    return report(metrics, run)
+    return metrics
 
 
 def _versions() -> dict[str, str]:

@@ -318,6 +318,41 @@ def test_a_class_without_utterances_is_left_out_of_the_means():
     assert scores["ua"] == pytest.approx((1 + 1 / 2) / 2)
 
 
+def test_answering_the_majority_class_alone_recalls_one_class_of_all():
+    always = stats.majority_scores(np.array([[3, 1, 0], [1, 1, 0], [0, 0, 2]]))
+    assert always["ua"] == pytest.approx(1 / 3)
+    assert always["wa"] == pytest.approx(4 / 8)
+    assert always["macro_f1"] == pytest.approx((2 * 4 / (4 + 8)) / 3)
+
+
+def test_each_group_has_the_confusion_of_its_own_utterances():
+    label, predicted = np.array([0, 1, 1, 0]), np.array([0, 1, 0, 1])
+    names, confusions = stats.group_confusions(["b", "a", "b", "b"], label, predicted, 2)
+    assert names == ["a", "b"]
+    assert confusions.tolist() == [[[0, 0], [0, 1]], [[1, 1], [1, 0]]]
+
+
+def test_calibration_error_made_by_hand():
+    """Two at 0.90, one of them right: 0.40 too sure; two at 0.62, both right: 0.38 too unsure."""
+    probability = np.array([[0.9, 0.1], [0.1, 0.9], [0.62, 0.38], [0.38, 0.62]])
+    label = np.array([0, 0, 0, 1])
+    assert stats.expected_calibration_error(probability, label) == pytest.approx(0.5 * 0.4 + 0.5 * 0.38)
+    found = stats.reliability(probability, label)
+    assert np.flatnonzero(found["n"]).tolist() == [9, 13]
+    for place, n, confidence, accuracy in ((9, 2, 0.62, 1), (13, 2, 0.9, 0.5)):
+        assert found["n"][place] == n
+        assert found["confidence"][place] == pytest.approx(confidence)
+        assert found["accuracy"][place] == accuracy
+        assert found["low"][place] < confidence <= found["high"][place]
+    assert np.isnan(found["accuracy"][0])
+
+
+def test_bins_take_their_upper_edge_and_certainty_is_in_the_last():
+    probability = np.array([[0.5, 0.5], [1.0, 0.0]])
+    assert stats.reliability(probability, np.array([0, 0]), bins=4)["n"].tolist() == [0, 1, 0, 1]
+    assert stats.expected_calibration_error(probability[1:], np.array([0])) == 0
+
+
 def test_intervals_are_over_speakers_not_utterances():
     """Half of the speakers are all right and half all wrong: resampled utterances would give a narrow interval."""
     right, wrong = np.array([[50, 0], [0, 50]]), np.array([[0, 50], [50, 0]])

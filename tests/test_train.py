@@ -2,9 +2,13 @@ import contextlib
 import csv
 import dataclasses
 import errno
+import html.parser
+import io
 import itertools
 import json
 import os
+import re
+import shlex
 import shutil
 import signal
 import socket
@@ -864,7 +868,7 @@ def test_metrics_of_predictions_made_by_hand(sample):
     plan = train.make_plan(dataset, SMALL)
     logits = np.random.default_rng(0).normal(size=(plan.folds + 1, len(dataset.label), 8))
     best = np.repeat([3, 1, 2, 0], SMALL.seeds)
-    trained = train.Trained(None, logits, None, best, np.arange(8), [], [{}] * 4, [])
+    trained = train.Trained(None, logits, None, best, np.arange(8), [], [{"temperature": 2.0}] * 4, [])
     metrics, probability = train.evaluate(dataset, plan, trained, False, SMALL)
     predicted = np.array([logits[fold, n].argmax() for n, fold in enumerate(plan.fold)])
     np.testing.assert_array_equal(probability.argmax(1), predicted)
@@ -883,6 +887,59 @@ def test_metrics_of_predictions_made_by_hand(sample):
     assert metrics["speakers"]["ravdess:01"]["wa"] == pytest.approx(
         (predicted == dataset.label)[plan.speaker == "ravdess:01"].mean()
     )
+
+
+def told_dataset():
+    """Six utterances, four of which tell a gender."""
+    dataset = bare_dataset(["ravdess:01"] * 3 + ["cremad:1001"] * 3, [0, 0, 1, 0, 1, 1])
+    genders = ["male", "male", "male", "female", None, None]
+    utterances = [dataclasses.replace(u, gender=gender) for u, gender in zip(dataset.utterances, genders)]
+    return dataset._replace(classes=("happy", "sad"), utterances=utterances)
+
+
+def test_groups_count_and_score_what_the_names_tell():
+    """Labels h h s | h s s, predictions h s s | h h s."""
+    happy = np.array([0.9, 0.2, 0.3, 0.6, 0.8, 0.45])
+    found = train._closer_look(told_dataset(), np.stack([happy, 1 - happy], 1))
+    male, female = found["groups"]["gender"]["male"], found["groups"]["gender"]["female"]
+    assert (male["n"], male["ua"], male["wa"]) == pytest.approx((3, (1 / 2 + 1) / 2, 2 / 3))
+    assert (female["n"], female["ua"]) == (1, 1)
+    assert found["groups"]["corpus"]["ravdess"]["n"] == 6
+    assert found["groups"]["intensity"] == {}
+
+
+def test_mistakes_come_most_confident_first_and_by_name():
+    happy = np.array([0.9, 0.2, 0.3, 0.6, 0.85, 0.45])
+    found = train._closer_look(told_dataset(), np.stack([happy, 1 - happy], 1))["confident_mistakes"]
+    assert [(m["file"], m["label"], m["predicted"]) for m in found] == [
+        ("0004", "sad", "happy"),
+        ("0001", "happy", "sad"),
+    ]
+    assert [m["confidence"] for m in found] == pytest.approx([0.85, 0.8])
+
+
+def epoch_row(epoch, fold, loss, ua, **more):
+    return {"epoch": epoch, "fold": fold, "validation_loss": loss, "validation_ua": ua} | more
+
+
+def test_curves_spread_over_folds_after_the_mean_of_their_seeds():
+    rows = [epoch_row(1, "1", 1.0, 0.2), epoch_row(1, "1", 3.0, 0.4), epoch_row(1, "2", 5.0, 0.7)]
+    rows += [epoch_row(1, "final", 99.0, 1.0), epoch_row(2, "2", 4.0, 0.8)]
+    trained = train.Trained(None, None, None, None, None, rows, [{}] * 3, [])
+    first, second = train._curves(trained, SMALL)
+    assert (first["epoch"], first["folds"], second["epoch"], second["folds"]) == (1, 2, 2, 1)
+    assert first["validation_loss"] == pytest.approx({"mean": 3.5, "low": 2.0, "high": 5.0})
+    assert first["validation_ua"] == pytest.approx({"mean": 0.5, "low": 0.3, "high": 0.7})
+    assert second["validation_ua"] == pytest.approx({"mean": 0.8, "low": 0.8, "high": 0.8})
+
+
+def test_the_curves_of_a_sweep_are_those_of_the_chosen_settings():
+    config = dataclasses.replace(SMALL, sweep=True)
+    settings = train.sweep_settings(config)
+    rows = [epoch_row(1, fold, 10.0 * setting, 0.5, setting=setting) for setting in (1, 2, 3) for fold in ("1", "2")]
+    choices = [settings[2]._asdict(), settings[0]._asdict(), settings[1]._asdict()]
+    (curve,) = train._curves(train.Trained(None, None, None, None, None, rows, choices, []), config)
+    assert curve["validation_loss"] == {"mean": 20.0, "low": 10.0, "high": 30.0}
 
 
 # --- the device ---
@@ -939,6 +996,7 @@ ARTIFACTS = {
     "history.csv",
     "predictions.csv",
     "confusion.csv",
+    "report.html",
     "wav2vec_mean.npy",
     "wav2vec_std.npy",
     "skipped.csv",
@@ -1016,6 +1074,176 @@ def test_the_log_begins_with_the_device_and_ends_with_the_report(trained):
     assert any("UA (mean recall)" in line for line in lines)
     assert any(line.startswith("epoch 4/12  loss") for line in lines)
     assert "03-01-05-01-02-01-12.npz: empty" in "\n".join(lines)
+
+
+def test_the_report_is_drawn_from_metrics_json_alone(trained):
+    metrics = json.loads((trained / "first" / "metrics.json").read_text())
+    shown = train.report_text(metrics, trained / "first", io.StringIO())
+    assert (trained / "first" / "train.log").read_text().endswith(shown)
+    page = train.report_html(metrics, trained / "first")
+    assert (trained / "first" / "report.html").read_bytes() == page
+
+
+def test_the_report_says_what_a_reader_must_know(trained):
+    metrics = json.loads((trained / "first" / "metrics.json").read_text())
+    shown = " ".join(train.report_text(metrics, trained / "first", io.StringIO()).split())
+    mistake, weakest = metrics["confident_mistakes"][0], min(metrics["speakers"].items(), key=lambda s: s[1]["ua"])[0]
+    for told in (
+        f"{metrics['ua']:.4f}",
+        f"{metrics['majority_wa']:.4f}",
+        f"expected calibration error {metrics['ece']:.4f}",
+        mistake["file"],
+        weakest,
+        "empty 1",
+        f"seeds {FAST[3]}",
+        metrics["versions"]["jax"],
+        "each was tested by models that never heard them",
+        "acted",
+    ):
+        assert told in shown
+    assert "NOT speaker-independent" not in shown
+    mixed = train.report_text(metrics | {"speaker_independent": False}, trained / "first", io.StringIO())
+    assert mixed.count("NOT speaker-independent") == 2
+
+
+def test_the_command_of_a_run_asks_for_the_same_run():
+    hostile = train.Config(
+        "-a 'dir'", seeds=3, merge=("calm=neutral", "fear=sad"), sweep=True, pattern="-(?P<emotion>.)"
+    )
+    for config in (hostile, train.Config("D")):
+        python, program, *arguments = shlex.split(train.command_line(config))
+        assert (python, program) == ("python", "train.py")
+        assert train.parse_config(arguments) == config
+
+
+class Page(html.parser.HTMLParser):
+    """The tags, the attributes and the text of each element of a page."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.tags, self.attributes, self.text, self.inside = set(), set(), {}, []
+        self.feed(page.decode())
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.add(tag)
+        self.attributes |= {name for name, _ in attributes}
+        if tag not in ("meta", "span"):
+            self.inside.append(tag)
+
+    def handle_endtag(self, tag):
+        if tag != "span":
+            assert self.inside.pop() == tag
+
+    def handle_data(self, text):
+        tag = self.inside[-1] if self.inside else ""
+        self.text[tag] = self.text.get(tag, "") + text
+
+
+def test_the_page_and_the_text_say_the_same_and_the_page_needs_nothing_else(trained):
+    metrics = json.loads((trained / "first" / "metrics.json").read_text())
+    content = (trained / "first" / "report.html").read_bytes()
+    page = Page(content)
+    shown = train.report_text(metrics, trained / "first", io.StringIO())
+    assert page.text["pre"].strip("\n") == shown.strip("\n")
+    assert page.text["title"] == f"Speech emotion report: UA {metrics['ua']:.4f}, 112 utterances, 8 speakers"
+    assert page.tags == {"html", "head", "meta", "title", "style", "body", "pre", "span"}
+    assert page.attributes == {"lang", "charset", "name", "content", "style"}
+    assert not re.search(rb"https?:|url\(|@import", content)
+    assert re.search(rb"background-color: #[0-9a-f]{6}\">", content)
+
+
+HOSTILE = (
+    "<script>alert(1)</script>",
+    "[red]x[/]",
+    "&amp;",
+    ":bomb:",
+    "{code}{{",
+    "%(ua)s",
+    "a\n\n UA (mean recall)  1.0000\n",
+    "\x1b[2J\r\t",
+    "\udcff",
+    "\u202e",
+    "x" * 300,
+    "</pre><b>",
+)
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_no_name_forges_a_line_markup_or_a_tag(trained, name):
+    metrics = json.loads((trained / "first" / "metrics.json").read_text())
+    plain = train.report_text(metrics, Path("run"), io.StringIO())
+    metrics["classes"][0] = name
+    metrics["recall"] = {name if key == "neutral" else key: value for key, value in metrics["recall"].items()}
+    metrics["speakers"] = {name: metrics["speakers"]["ravdess:01"]}
+    metrics["groups"]["corpus"] = {name: metrics["groups"]["corpus"]["ravdess"]}
+    metrics["confident_mistakes"] = [{"file": name, "label": name, "predicted": name, "confidence": 0.9}]
+    metrics |= {"notes": [name], "command": name, "settings": {"labels": name}, "device": name, "fold_scheme": name}
+    shown = train.report_text(metrics, Path(name), io.StringIO())
+    assert all(character.isprintable() or character == "\n" for character in shown)
+    assert [line for line in shown.splitlines() if "UA (mean" in line[:9]] == [
+        line for line in plain.splitlines() if "UA (mean" in line[:9]
+    ]
+    page = Page(train.report_html(metrics, Path(name)))
+    assert page.text["pre"].strip("\n") == shown.strip("\n")
+    assert page.tags == {"html", "head", "meta", "title", "style", "body", "pre", "span"}
+    whole = "".join(shown.split())
+    assert whole.count("".join(check_data.printable(name).split())) >= 5
+
+
+def test_the_report_fits_80_columns(trained):
+    metrics = json.loads((trained / "first" / "metrics.json").read_text())
+    for more in ({}, {"notes": ["word " * 40]}, {"left_out": {"x" * 9 + str(n): 10**6 for n in range(20)}}):
+        shown = train.report_text(metrics | more, Path("run"), io.StringIO())
+        assert max(map(len, shown.splitlines())) <= 80
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_where_the_encoding_has_no_lines_ascii_draws_them(trained, encoding):
+    metrics = json.loads((trained / "first" / "metrics.json").read_text())
+    shown = train.report_text(metrics, Path("run"), io.TextIOWrapper(io.BytesIO(), encoding=encoding))
+    assert shown.isascii()
+    assert max(map(len, shown.splitlines())) <= 80
+    assert "####" in shown
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize(
+    ("environment", "coloured", "styled"),
+    [({"TERM": "xterm-256color"}, True, True), ({"NO_COLOR": "1"}, False, True), ({"TERM": "dumb"}, False, False)],
+)
+def test_colour_is_for_terminals_that_want_it(trained, monkeypatch, environment, coloured, styled):
+    for name in ("NO_COLOR", "FORCE_COLOR", "COLORTERM", "TTY_COMPATIBLE"):
+        monkeypatch.delenv(name, raising=False)
+    metrics = json.loads((trained / "first" / "metrics.json").read_text())
+    page = train.report_html(metrics, Path("run"))
+    for name, value in ({"TERM": "xterm"} | environment).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys, "stdout", Terminal())
+    shown = train.report_text(metrics, Path("run"), sys.stdout)
+    assert bool(re.search(r"\x1b\[[0-9;]*48;", shown)) == coloured
+    assert ("\x1b[" in shown) == styled
+    assert train.report_html(metrics, Path("run")) == page
+    monkeypatch.setenv("FORCE_COLOR", "1")  # of a terminal, not of train.log
+    assert re.sub(r"\x1b\[[0-9;]*m", "", shown) == train.report_text(metrics, Path("run"), io.StringIO())
+
+
+@pytest.mark.parametrize("share", np.linspace(0.01, 1, 34))
+def test_the_numbers_of_the_heat_map_can_be_read(share):
+    """WCAG 2.1 asks for a contrast of 4.5 to 1."""
+
+    def luminance(channels):
+        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+        return np.dot([0.2126, 0.7152, 0.0722], linear)
+
+    ink, _, paper = train._shade(share).split()
+    background = luminance([int(value) / 255 for value in re.findall(r"\d+", paper)])
+    foreground = luminance([int(ink[place : place + 2], 16) / 255 for place in (1, 3, 5)])
+    low, high = sorted([background, foreground])
+    assert (high + 0.05) / (low + 0.05) >= 4.5
 
 
 def test_skipped_files_are_named(trained):
@@ -1241,7 +1469,9 @@ def outcome_of(run):
     """Everything of a run that must not depend on how often it was broken off."""
     metrics = json.loads((run / "metrics.json").read_text())
     config = json.loads((run / "config.json").read_text())
-    del metrics["seconds"], config["options"]["out"]
+    for told in ("seconds", "command", "settings"):  # the last two name the folder
+        del metrics[told]
+    del config["options"]["out"]
     return [metrics, config, *((run / name).read_bytes() for name in EQUAL[:-1])]
 
 
