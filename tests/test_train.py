@@ -872,6 +872,8 @@ def test_metrics_of_predictions_made_by_hand(sample):
     metrics, probability = train.evaluate(dataset, plan, trained, False, SMALL)
     predicted = np.array([logits[fold, n].argmax() for n, fold in enumerate(plan.fold)])
     np.testing.assert_array_equal(probability.argmax(1), predicted)
+    before = stats.probabilities(2 * logits[plan.fold, np.arange(len(plan.fold))])
+    assert metrics["ece_uncalibrated"] == stats.expected_calibration_error(before, dataset.label) != metrics["ece"]
     for c, name in enumerate(metrics["classes"]):
         assert metrics["recall"][name] == pytest.approx((predicted[dataset.label == c] == c).mean())
     assert [fold["epochs"] for fold in metrics["folds"]] == [4, 2, 3]
