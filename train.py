@@ -2123,8 +2123,7 @@ def _curve_table(curves: list[dict], bar: Callable[[float], str]) -> Table:
 
 
 def _reliability_table(metrics: dict, bar: Callable[[float], str]) -> Table:
-    errors = f"{metrics['ece']:.4f}, {metrics['ece_uncalibrated']:.4f} before calibration"
-    title = f"reliability: expected calibration error {errors}"
+    title = f"calibration error {metrics['ece']:.4f}, {metrics['ece_uncalibrated']:.4f} uncalibrated"
     table = _table(title, ["confidence"], ["n", "mean", "accuracy"], "")
     for found in metrics["reliability"]:
         if found["n"]:

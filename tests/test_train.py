@@ -1093,7 +1093,7 @@ def test_the_report_says_what_a_reader_must_know(trained):
     for told in (
         f"{metrics['ua']:.4f}",
         f"{metrics['majority_wa']:.4f}",
-        f"expected calibration error {metrics['ece']:.4f}",
+        f"calibration error {metrics['ece']:.4f}, {metrics['ece_uncalibrated']:.4f} uncalibrated",
         mistake["file"],
         weakest,
         "empty 1",
