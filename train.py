@@ -1013,6 +1013,7 @@ class Keeper:
         self._found: tuple[dict, dict] | None = None
         self._serial, self._due = 0, 0.0
         self._latest: Progress | None = None
+        self._submitted: Progress | None = None  # the last one whose save was begun
         self._kept: Progress | None = None  # the one on the disk
         self._pool, self._saving = concurrent.futures.ThreadPoolExecutor(1), None
         self.writing = threading.Lock()  # held while the results are written: no signal ends the process then
@@ -1058,9 +1059,9 @@ class Keeper:
     def _leave(self, number: int) -> None:
         """Save what is not yet on the disk and end the process: within two seconds, on a second signal at once."""
         threading.Timer(1.8, os._exit, (128 + number,)).start()  # whatever hangs
-        saving = self._pool.submit(self._save, self._latest) if self._is_behind() else self._saving
-        if saving:
-            saving.add_done_callback(lambda _: self._mouth.send(b"\0"))
+        self._catch_up()
+        if self._saving:
+            self._saving.add_done_callback(lambda _: self._mouth.send(b"\0"))
             self._ear.recv(1)
         self.writing.acquire()
         there = "; the results are complete" if self._finished else ""
@@ -1097,9 +1098,10 @@ class Keeper:
         described = self._found[0]
         self._serial = described["serial"]
         self._refuse_others(described["identity"])
+        here = self._circumstances()
         for name, there in described["circumstances"].items():
-            if there != (here := self._circumstances().get(name)):
-                log.warning(f"state: saved with {name} {there}, and here it is {here}: the last digits may differ")
+            if there != here.get(name):
+                log.warning(f"state: saved with {name} {there}, and here {here.get(name)}: the last digits may differ")
         return described["place"]
 
     def _refuse_others(self, theirs: dict) -> None:
@@ -1145,17 +1147,21 @@ class Keeper:
             progress = progress._replace(state=fetched(progress.state)) if due else progress
         self._latest = progress
         if due and self.leads:
-            self._saving = self._pool.submit(self._save, progress)
+            self._submit(progress)
 
-    def _is_behind(self) -> bool:
-        """Whether there is more to save than is on the disk, and one process can do it."""
-        behind = self.run is not None and self._latest is not self._kept and self._latest is not None
-        return behind and jax.process_count() == 1
+    def _submit(self, progress: Progress) -> None:
+        self._submitted, self._saving = progress, self._pool.submit(self._save, progress)
+
+    def _catch_up(self) -> None:
+        """Begin to save where training stands, unless that is saved or under way; several processes cannot."""
+        behind = self.run is not None and self._latest is not None and self._latest is not self._submitted
+        if behind and jax.process_count() == 1:
+            self._submit(self._latest)
 
     def save(self) -> None:
         """Save where training stands, and wait for it."""
-        if self._is_behind():
-            self._pool.submit(self._save, self._latest).result()
+        self._catch_up()
+        self.rest()
 
     def _save(self, progress: Progress) -> None:
         """Write the state; whatever goes wrong is said once and ends no run."""
@@ -1187,7 +1193,7 @@ class Keeper:
     def clear(self, finished: bool = False) -> None:
         """Remove the state: the run is finished, or to be started over."""
         self.rest()
-        self._found = self._latest = self._kept = None
+        self._found = self._latest = self._submitted = self._kept = None
         self._finished = finished
         for path in self._paths() if self.leads and self.run else ():
             path.unlink(missing_ok=True)
