@@ -409,6 +409,7 @@ REMEDIES = {
     "duplicate-speaker": "find out whose it is and remove the other file",
     "transposed": "save it as (T, D), or turn every sequence round with --transpose",
     "other-width": "extract all features with one encoder, or choose with --dim",
+    "other-encoder": "extract it with the encoder that the model was trained with",
 }
 
 #: What is worth knowing of files that are used all the same.
@@ -732,16 +733,16 @@ def _misfits(result: Scan) -> dict[str, tuple[str, str]]:
     A flat vector of T * D values is cut into frames only where D is more than the common length of vectors, since one
     encoder's vector is often twice as wide as another's.
     """
-    misfits = {}
-    for record in result.records:
-        shape, dim = record.shape, result.dim
-        if shape[-1] == dim or (result.cuts_vectors and len(shape) == 1 and shape[0] % dim == 0):
-            continue
-        if len(shape) == 2 and shape[0] == dim:
-            misfits[record.file] = ("transposed", f"shape {shape} looks like (D, T) and not like (T, D)")
-        else:
-            misfits[record.file] = ("other-width", f"shape {shape} does not fit features of width {dim}")
-    return misfits
+    found = {record.file: _misfit(record.shape, result.dim, result.cuts_vectors) for record in result.records}
+    return {file: misfit for file, misfit in found.items() if misfit}
+
+
+def _misfit(shape: tuple[int, ...], dim: int, cuts_vectors: bool) -> tuple[str, str] | None:
+    if shape[-1] == dim or (cuts_vectors and len(shape) == 1 and shape[0] % dim == 0):
+        return None
+    if len(shape) == 2 and shape[0] == dim:
+        return "transposed", f"shape {shape} looks like (D, T) and not like (T, D)"
+    return "other-width", f"shape {shape} does not fit features of width {dim}"
 
 
 # --- the scan ---
@@ -769,9 +770,7 @@ class _Shelf:
 def scan(
     options: ScanOptions,
     *,
-    labelled: bool = True,
     keep_features: bool = False,
-    cut_vectors: bool = True,
     progress: Callable[[int], None] = lambda files: None,
 ) -> Scan:
     """Read every NPZ file below a folder and decide which ones training can use.
@@ -780,12 +779,8 @@ def scan(
 
     Parameters
     ----------
-    labelled
-        False where files without a known emotion are wanted too, to be labelled by a model.
     keep_features
         Whether to keep the arrays; without it no more than one sequence is in memory at a time.
-    cut_vectors
-        False where flat vectors of T * D values must not be cut into frames even if D is known.
     progress
         Called with the number of files read so far.
 
@@ -801,16 +796,13 @@ def scan(
     files = sorted(_walk(result.directory, result))
     if not files and not result.findings:
         raise UsageError(_nothing_found(result))
-    named = (
-        _named(files, options) if labelled else (Named(emotions.Utterance(file, "", "", None), "") for file in files)
-    )
     wanted, place, shelf = _Wanted(options), str(result.directory), _Shelf()
     moments: dict[int, stats.RunningMoments] = collections.defaultdict(stats.RunningMoments)
-    for number, (file, name) in enumerate(zip(files, named), 1):
+    for number, (file, name) in enumerate(zip(files, _named(files, options)), 1):
         try:
             if isinstance(name, DataError):
                 raise name
-            emotion = wanted(name.utterance.emotion) if labelled else ""
+            emotion = wanted(name.utterance.emotion)
             if emotion is None:
                 result.unwanted += 1
                 continue
@@ -830,22 +822,63 @@ def scan(
         moments[shape[-1]].add(read.array.reshape(-1, shape[-1]))
         if keep_features:
             result.features.append(shelf.keep(read.array))
-    if labelled:
-        wanted.check()
-    _settle(result, options, moments, labelled, cut_vectors)
+    wanted.check()
+    _settle(result, options, moments)
     return result
 
 
-def _settle(
-    result: Scan, options: ScanOptions, moments: dict[int, stats.RunningMoments], labelled: bool, cut_vectors: bool
-) -> None:
+def stream(
+    options: ScanOptions, result: Scan, progress: Callable[[int], None] = lambda files: None
+) -> Iterator[tuple[emotions.Utterance, np.ndarray]]:
+    """Read the files of a folder, or a single file, one at a time, for a model that knows its features already.
+
+    Parameters
+    ----------
+    result
+        Says where, how wide the features are, and whether flat vectors are cut into frames. What cannot be used is
+        added to its findings.
+
+    Yields
+    ------
+    utterance, frames
+        What the name tells, whose emotion is None where it tells none that is wanted, and the features, (T, D).
+
+    Raises
+    ------
+    UsageError
+        If there is no such folder or file, or no NPZ file in it.
+    """
+    path = result.directory
+    if path.is_dir() or not os.path.lexists(path):
+        files = sorted(_walk(folder(path), result))
+    else:
+        path, files = path.parent, [path.name]
+    if not files and not result.findings:
+        raise UsageError(_nothing_found(result))
+    wanted = _Wanted(options)
+    for number, (file, name) in enumerate(zip(files, _named(files, options)), 1):
+        utterance = emotions.Utterance(file, "", None, None)
+        if not isinstance(name, DataError):
+            utterance = dataclasses.replace(name.utterance, emotion=wanted(name.utterance.emotion))
+        try:
+            array = read_features(path / file, options.transpose, options.nan_to_zero).array
+            if misfit := _misfit(array.shape, result.dim, result.cuts_vectors):
+                raise DataError(*misfit)
+        except DataError as error:
+            result.findings.append(Finding(file, error.code, error.reason))
+        else:
+            yield utterance, array.reshape(-1, result.dim)
+        progress(number)
+
+
+def _settle(result: Scan, options: ScanOptions, moments: dict[int, stats.RunningMoments]) -> None:
     """Decide what only the whole set can tell: its width, its duplicates, its notes."""
     result.fingerprint = _fingerprint(result.records)
     shapes = collections.Counter(record.shape for record in result.records)
     bound = _width_of_statistics(result, options)
     known = options.dim or bound
     result.dim = known or _common_width(shapes)
-    result.cuts_vectors = cut_vectors and bool(known or (shapes and _shows_width(shapes, result.dim)))
+    result.cuts_vectors = bool(known or (shapes and _shows_width(shapes, result.dim)))
     result.leave_out(_misfits(result))
     if bound and shapes and not result.records:
         shape = shapes.most_common(1)[0][0]
@@ -856,9 +889,8 @@ def _settle(
     result.leave_out(absurd)
     if absurd:  # they are in the moments too
         result.moments = None
-    if labelled:
-        result.leave_out(_duplicates(result, options))
-        result.notes += sorted(_notes(result))
+    result.leave_out(_duplicates(result, options))
+    result.notes += sorted(_notes(result))
     result.findings.sort()
 
 

@@ -467,6 +467,17 @@ def save(folder: Path, statistics: Statistics, fingerprint: str) -> None:
     write_files(folder, blobs)
 
 
+def rank_correlation(x: np.ndarray, reference: np.ndarray) -> np.ndarray:
+    """Spearman's rank correlation of each row of `x`, (N, D), with `reference`, (D,): shape (N,); ties stay in order.
+
+    An encoder's embeddings share a mean that is large beside their deviations. The order of its dimensions is like a
+    signature, which another scale or a few huge dimensions do not change.
+    """
+    rank = np.argsort(np.argsort(np.vstack([x, reference]))).astype(float)
+    rank -= (rank.shape[1] - 1) / 2
+    return rank[:-1] @ rank[-1] / max(np.square(rank[-1]).sum(), 1)
+
+
 # --- scores -------------------------------------------------------------------------------------------------------
 
 

@@ -88,7 +88,7 @@ class Config(check_data.ScanOptions):
     """Every option of the program: its default, type and help; the command line is built from it."""
 
     out: str | None = option(None, "folder for the results (runs/<name of DIR>)")
-    predict: str | None = option(None, "label the files of DIR with the model in this results folder, do not train")
+    predict: str | None = option(None, "label DIR, or a single file, with the model in this results folder")
     folds: str = option("5", f"number of folds, or {', '.join(emotions.SCHEMES)} or leave-one-speaker-out")
     seeds: int = option(5, "models for each fold; each validates on other speakers, and their logits are averaged")
     seed: int = option(0, "seed of everything that is random")
@@ -1466,8 +1466,9 @@ def train(dataset: Dataset, plan: Plan, stored: stats.Stored, config: Config, ke
     settings = sweep_settings(config)
     setting = Setting.stack([settings[number] for number in outcome.setting])
     own = own._replace(setting=place(mesh, setting, "population"))
-    units_in_use = np.arange(config.width) < setting.width[:, None]
-    outcome.params["Dense_1"]["kernel"] = outcome.params["Dense_1"]["kernel"] * units_in_use[..., None]
+    used = (np.arange(config.width) < setting.width[:, None])[:, None]  # (P, 1, W); the others must answer nothing
+    kernel, bias = (outcome.params["Dense_0"][name] for name in ("kernel", "bias"))
+    outcome.params["Dense_0"] = {"kernel": kernel * used, "bias": bias * used[:, 0]}
     logits = compute_logits(task, mesh, data, everything, own, outcome.params)[:size]
     tested = test_tables(dataset, plan, members)
     roomy = task._replace(capacity=_fullest(tested, dataset.frames))
@@ -1853,14 +1854,6 @@ def flatten(params: Any, path: str = "params") -> dict[str, np.ndarray]:
     return {name: leaf for key in sorted(params) for name, leaf in flatten(params[key], f"{path}/{key}").items()}
 
 
-def unflatten(arrays: dict[str, np.ndarray]) -> dict:
-    tree: dict = {}
-    for path, array in arrays.items():
-        *folders, name = path.split("/")
-        functools.reduce(lambda node, key: node.setdefault(key, {}), folders, tree)[name] = array
-    return tree["params"]
-
-
 def model_bytes(params: Any, statistics: stats.Statistics) -> bytes:
     buffer = io.BytesIO()
     np.savez(buffer, mean=statistics.mean, scale=statistics.scale(), **flatten(params))
@@ -1935,12 +1928,14 @@ def save_run(
     """Write every artifact of a run; all are on the disk before the first replaces an older one."""
     final = jax.tree.map(lambda leaf: leaf[plan.folds * config.seeds :], trained.params)
     described = {
-        "format": 2,
+        "format": 3,
         "classes": list(dataset.classes),
         "dim": scan.dim,
         "pooling": config.pooling if dataset.frames is not None else "mean",
         "cuts_vectors": scan.cuts_vectors,
         "temperature": trained.choices[-1]["temperature"],
+        "likeness": float(stats.rank_correlation(dataset.x, stored.statistics.mean).min()),
+        "speakers": sorted({utterance.speaker for utterance in dataset.utterances} - {None}),
         "data": str(scan.directory.resolve()),
         "options": dataclasses.asdict(config),
     }
@@ -2373,15 +2368,47 @@ def _versions() -> dict[str, str]:
 
 
 class Model(NamedTuple):
-    """A trained model as its files tell it; the arrays have the seeds as their first axis."""
+    """A trained model as its files tell it, and its answers by numpy: labelling is bound by reading the files."""
 
     classes: tuple[str, ...]
     dim: int
     cuts_vectors: bool
-    mean_pooling: bool
+    merge: tuple[str, ...]
+    speakers: frozenset[str]  # whom it has heard
+    likeness: float  # of the strangest utterance that it was trained on: see stats.rank_correlation
     temperature: float
-    statistics: tuple[np.ndarray, np.ndarray]
-    params: dict
+    arrays: dict[str, np.ndarray]  # those of model.npz; parameters have the seeds S as their first axis
+
+    def pool(self, frames: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The mean over normalised frames, (D,), and what the hidden layers see, (S, D) or (S, 2 D); frames (T, D)."""
+        x = (frames - self.arrays["mean"]) / self.arrays["scale"]
+        mean, query = x.mean(0), self.arrays.get("params/query")
+        if query is None:
+            return mean, np.broadcast_to(mean, (len(self.arrays["params/Dense_0/bias"]), len(mean)))
+        weight = stats.probabilities(query @ x.T)  # (S, T)
+        pooled = weight @ x
+        deviation = np.sqrt(np.maximum(weight @ np.square(x) - np.square(pooled), 1e-6))
+        return mean, np.concatenate([pooled, deviation], 1)
+
+    def answers(self, mean: np.ndarray, pooled: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Logits (B, C) and hidden layers (B, S W) for a batch of what `pool` gives."""
+
+        def dense(x, layer):  # (S, B, D) -> (S, B, W)
+            return x @ self.arrays[f"params/{layer}/kernel"] + self.arrays[f"params/{layer}/bias"][:, None]
+
+        hidden = np.maximum(dense(pooled.swapaxes(0, 1), "Dense_0"), 0)
+        logits = (dense(hidden, "Dense_1") + dense(mean, "linear")).mean(0)
+        return logits, hidden.swapaxes(0, 1).reshape(len(mean), -1)
+
+    def unlike(self, mean: np.ndarray) -> str | None:
+        """Why features with this mean, (D,), are not of the encoder of this model; None if they may be."""
+        likeness = float(stats.rank_correlation(mean[None], self.arrays["mean"])[0])
+        if self.likeness < 0.2 or likeness > self.likeness / 3:  # features that were normalised tell nothing
+            return None
+        return (
+            f"the order of its numbers correlates by {likeness:.2f} with the mean of what the model was trained on,"
+            f" where all utterances had {self.likeness:.2f} or more"
+        )
 
 
 def load_model(run: Path) -> Model:
@@ -2396,82 +2423,136 @@ def load_model(run: Path) -> Model:
     try:
         described = json.loads((run / "config.json").read_text())
         arrays = check_data.read_arrays(run / "model.npz")
-        mean, scale = arrays.pop("mean"), arrays.pop("scale")
-        classes, dim = tuple(map(str, described["classes"])), int(described["dim"])
-        cuts, mean_pooling = bool(described["cuts_vectors"]), described["pooling"] == "mean"
-        temperature = float(described["temperature"])
+        classes, dim, pooling = tuple(map(str, described["classes"])), int(described["dim"]), described["pooling"]
+        model = Model(
+            classes,
+            dim,
+            bool(described["cuts_vectors"]),
+            tuple(described["options"]["merge"]),
+            frozenset(described["speakers"]),
+            float(described["likeness"]),
+            float(described["temperature"]),
+            arrays,
+        )
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise check_data.UsageError(f"{name} holds no finished model: {error}") from None
     kernel = arrays.get("params/Dense_0/kernel", np.zeros(0))
     seeds, width = (kernel.shape[0], kernel.shape[-1]) if kernel.ndim else (0, 0)
     wanted = {
-        "params/Dense_0/kernel": (seeds, dim if mean_pooling else 2 * dim, width),
+        "mean": (dim,),
+        "scale": (dim,),
+        "params/Dense_0/kernel": (seeds, dim if pooling == "mean" else 2 * dim, width),
         "params/Dense_0/bias": (seeds, width),
         "params/Dense_1/kernel": (seeds, width, len(classes)),
         "params/Dense_1/bias": (seeds, len(classes)),
         "params/linear/kernel": (seeds, dim, len(classes)),
         "params/linear/bias": (seeds, len(classes)),
-    } | ({} if mean_pooling else {"params/query": (seeds, dim)})
-    if {path: array.shape for path, array in arrays.items()} != wanted or {mean.shape, scale.shape} != {(dim,)}:
+    } | ({} if pooling == "mean" else {"params/query": (seeds, dim)})
+    if {path: array.shape for path, array in arrays.items()} != wanted:
         raise check_data.UsageError(f"{name}: config.json and model.npz do not belong together")
-    if not all(np.isfinite(array).all() for array in (mean, scale, *arrays.values())):
+    if not all(np.isfinite(array).all() for array in arrays.values()):
         raise check_data.UsageError(f"{name}: the model holds NaN or Inf")
-    return Model(classes, dim, cuts, mean_pooling, temperature, (mean, scale), unflatten(arrays))
-
-
-def model_answers(model: Model, sequences: list[np.ndarray], config: Config) -> tuple[np.ndarray, np.ndarray]:
-    """Logits (N, C) and hidden layers (N, S W) of a model for features of shape (T, D) each; empties the list."""
-    x = np.stack([stats.Moments.of(sequence).mean for sequence in sequences]).astype(np.float32)
-    length = np.array([1 if model.mean_pooling else len(sequence) for sequence in sequences])
-    frames = None if model.mean_pooling else Frames.of(sequences, model.statistics[0])
-    dataset = Dataset(x, length, np.zeros(len(x), np.int32), model.classes, [], None, frames)
-    seeds, width = model.params["Dense_0"]["bias"].shape
-    config = dataclasses.replace(config, width=width)
-    table = _tables(np.ones((1, len(x)), bool), dataset, min(config.batch, len(x)))[0]
-    task = make_task(dataset, (table,), config)
-    mean, scale = (np.stack([array] * seeds) for array in model.statistics)
-    nothing, setting = np.zeros(seeds, np.int32), Setting.stack([Setting(0, 0, 0, width, 0, 0)] * seeds)
-    members = Member(nothing, nothing, nothing, nothing, mean, scale, nothing, setting)
-    params = {name: value for name, value in model.params.items() if name != "linear"}
-    mesh = jax.sharding.Mesh(np.array(jax.local_devices()[:1]), ("population",))
-    data = place(mesh, device_data(dataset))
-    own = place(mesh, members, "population")
-    logits = compute_logits(task, mesh, data, table, own, params)
-    embedding = compute_embedding(task, mesh, data, np.stack([table] * seeds), own, params)
-    linear = model.params["linear"]
-    logits = logits + linear_logits(x, *model.statistics, linear["kernel"], linear["bias"])
-    return logits.mean(0), embedding
+    return model
 
 
 def run_prediction(config: Config) -> int:
-    """Label the files of DIR with the final model of a run; labels in the names are not needed."""
-    model = load_model(Path(config.predict))
-    out = Path(config.out or Path(config.predict) / f"predict-{Path(config.directory).resolve().name}")
+    """Label a folder, or one file, with the final model of a run; labels in the names are compared, not needed."""
+    run, given = Path(config.predict), Path(config.directory)
+    model = load_model(run)
+    out = Path(config.out or run / f"predict-{given.resolve().name.removesuffix('.npz')}")
     if any((out / name).exists() for name in ("metrics.json", "lock")):
         told = check_data.printable(str(out))
         raise check_data.UsageError(f"{told} holds the results of a training run; choose another --out")
-    log.info(f"device: {start_jax()}")
-    wanted = dataclasses.replace(config, dim=model.dim)
-    scan = check_data.scan(
-        wanted, labelled=False, keep_features=True, cut_vectors=model.cuts_vectors, progress=_scan_progress()
-    )
+    if config.dim not in (None, model.dim):
+        raise check_data.UsageError(f"--dim says {config.dim}, and the model wants features {model.dim} wide")
+    _refuse_other_statistics(model, given)
+    config = dataclasses.replace(config, merge=(*model.merge, *config.merge))
+    scan = check_data.Scan(given, model.dim, cuts_vectors=model.cuts_vectors)
+    utterances, logits, embedding = [], [], []
+    pooled = _pooled(model, scan, check_data.stream(config, scan, _scan_progress()))
+    while batch := list(itertools.islice(pooled, 256)):
+        heard, means, inputs = zip(*batch)
+        found = model.answers(np.stack(means), np.stack(inputs))
+        utterances += heard
+        for rows, answered in zip((logits, embedding), found):
+            rows.append(answered)
+    scan.findings.sort()
     for line in check_data.findings_report(scan):
         log.info(line)
-    if not scan.records:
-        raise check_data.UsageError(f"no file can be used; the model wants features {model.dim} wide")
-    logits, embedding = model_answers(model, scan.features, config)
-    probability = stats.probabilities(logits)
-    rows = [{"file": record.file} | _predicted(model.classes, row) for record, row in zip(scan.records, probability)]
-    if jax.process_index() > 0:
-        return 1 if scan.findings else 0
-    out.mkdir(parents=True, exist_ok=True)
-    files = [record.file for record in scan.records]
-    fusion = fusion_bytes(files, model.classes, logits, model.temperature, embedding, model.statistics)
-    stats.write_files(out, {"predictions.csv": stats.csv_bytes(rows), "fusion.npz": fusion})
-    counts = ", ".join(f"{name} {(probability.argmax(1) == index).sum()}" for index, name in enumerate(model.classes))
-    print(f"{len(rows)} files labelled, {len(scan.findings)} left out: {counts}")
-    print(check_data.printable(str(out / "predictions.csv")))
+    if not utterances:
+        raise check_data.UsageError(f"no file can be used; the model wants features {model.dim} wide, of its encoder")
+    _save_prediction(out, model, scan, utterances, np.concatenate(logits), np.concatenate(embedding))
     return 1 if scan.findings else 0
+
+
+def _refuse_other_statistics(model: Model, given: Path) -> None:
+    """Compare the user's own statistics in a folder with those of the model, which alone are used."""
+    stored = stats.load(given) if given.is_dir() else None
+    if stored is None or not stored.supplied:
+        return
+    mean, name = stored.statistics.mean, check_data.printable(str(given / stats.MEAN_FILE))
+    if mean.size != model.dim:
+        raise check_data.UsageError(f"{name} has {mean.size} numbers, and the model wants features {model.dim} wide")
+    if told := model.unlike(mean):
+        raise check_data.UsageError(f"{name} is of another encoder than the model: {told}")
+
+
+def _pooled(
+    model: Model, scan: check_data.Scan, read: Iterable[tuple[emotions.Utterance, np.ndarray]]
+) -> Iterator[tuple[emotions.Utterance, np.ndarray, np.ndarray]]:
+    """What the model sees of each utterance; those of another encoder become findings."""
+    for utterance, frames in read:
+        if told := model.unlike(frames.mean(0)):
+            scan.findings.append(check_data.Finding(utterance.file, "other-encoder", told))
+        else:
+            yield utterance, *model.pool(frames)
+
+
+def _save_prediction(
+    out: Path,
+    model: Model,
+    scan: check_data.Scan,
+    utterances: list[emotions.Utterance],
+    logits: np.ndarray,
+    embedding: np.ndarray,
+) -> None:
+    """Write what was predicted, and say how it compares with the labels that the names tell."""
+    number = {name: index for index, name in enumerate(model.classes)}
+    label = np.array([number.get(utterance.emotion, -1) for utterance in utterances])
+    probability = stats.probabilities(logits)
+    rows = [
+        {"file": utterance.file, "label": utterance.emotion or ""} | _predicted(model.classes, row)
+        for utterance, row in zip(utterances, probability)
+    ]
+    fusion = fusion_bytes(
+        [utterance.file for utterance in utterances],
+        model.classes,
+        logits,
+        model.temperature,
+        embedding,
+        (model.arrays["mean"], model.arrays["scale"]),
+        label=label,
+        speaker=[utterance.speaker or "" for utterance in utterances],
+    )
+    skipped = stats.csv_bytes([finding._asdict() for finding in scan.findings], check_data.Finding._fields)
+    artifacts = {"predictions.csv": stats.csv_bytes(rows), "skipped.csv": skipped, "fusion.npz": fusion}
+    out.mkdir(parents=True, exist_ok=True)
+    stats.write_files(out, artifacts)
+    predicted = probability.argmax(1)
+    counts = ", ".join(f"{name} {(predicted == index).sum()}" for name, index in number.items())
+    print(f"{len(rows)} file{'s' * (len(rows) > 1)} labelled, {len(scan.findings)} left out: {check_data.printable(counts)}")
+    speaker = np.array([utterance.speaker or "" for utterance in utterances])
+    unheard = np.array([name not in {"", *model.speakers} for name in speaker.tolist()])
+    counted = (label >= 0) & unheard
+    if counted.any():
+        _, confusions = stats.group_confusions(speaker[counted], label[counted], predicted[counted], len(number))
+        ua = float(stats.scores(confusions.sum(0))["ua"])
+        low, high = stats.speaker_intervals(confusions, 0)["ua"]
+        whom = f"{counted.sum()} labelled files of {len(confusions)} speakers whom the model has never heard"
+        print(f"UA {ua:.4f} ({low:.4f} to {high:.4f}) on {whom}")
+    if (label >= 0).any() and not counted.all():
+        print(f"{(~counted).sum()} not scored: no known label or speaker, or one that the model has heard")
+    print(check_data.printable(str(out / "predictions.csv")))
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -23,10 +23,15 @@ ROOT = Path(__file__).resolve().parent.parent
 GOOD = np.linspace(-1, 1, 12, dtype=np.float32)
 
 
-def scan(folder, labelled=True, keep_features=False, **options):
-    return check_data.scan(
-        check_data.ScanOptions(str(folder), **options), labelled=labelled, keep_features=keep_features
-    )
+def scan(folder, keep_features=False, **options):
+    return check_data.scan(check_data.ScanOptions(str(folder), **options), keep_features=keep_features)
+
+
+def stream(folder, dim=12, cuts_vectors=False, **options):
+    """What a model that wants features this wide gets from a folder, and the codes of what it does not get."""
+    result = check_data.Scan(Path(folder), dim, cuts_vectors=cuts_vectors)
+    read = list(check_data.stream(check_data.ScanOptions(str(folder), **options), result))
+    return read, {finding.file: finding.code for finding in result.findings}
 
 
 def write(path, **arrays):
@@ -445,11 +450,45 @@ def test_what_is_no_file_is_found_without_waiting(tmp_path):
         os.chdir(folder)  # a socket's path must be short
         server.bind("socket.npz")
         os.chdir(monkey)
-        result = scan(folder, labelled=False)
-    assert len(result.records) == 1
-    codes = {finding.file: finding.code for finding in result.findings}
+        read, codes = stream(folder)
+    assert len(read) == 1
     assert codes["fifo.npz"] == codes["folder.npz"] == "not-a-file"
     assert codes["dangling.npz"] == codes["loop.npz"] == codes["socket.npz"] == "unreadable"
+
+
+def test_a_stream_reads_a_file_when_it_is_asked_for(tmp_path):
+    for name in ("a", "b"):
+        write(tmp_path / f"{name}.npz")
+    result = check_data.Scan(tmp_path, 12)
+    read = check_data.stream(check_data.ScanOptions(str(tmp_path)), result)
+    next(read)
+    (tmp_path / "b.npz").write_bytes(b"")
+    assert list(read) == []
+    assert [(finding.file, finding.code) for finding in result.findings] == [("b.npz", "empty")]
+
+
+def test_a_stream_gives_what_fits_the_model_and_what_its_name_tells(tmp_path):
+    rng = np.random.default_rng(0)
+    shapes = {"ravdess_03-01-05-01-02-01-12": (12,), "x": (3, 12), "turned": (12, 3), "flat": (36,), "narrow": (1, 5)}
+    for name, shape in shapes.items():
+        write(tmp_path / f"{name}.npz", emb=rng.normal(size=shape))
+    read, codes = stream(tmp_path)
+    assert [(u.file, u.emotion, u.speaker, frames.shape) for u, frames in read] == [
+        ("ravdess_03-01-05-01-02-01-12.npz", "angry", "ravdess:12", (1, 12)),
+        ("x.npz", None, None, (3, 12)),
+    ]
+    assert codes == {"turned.npz": "transposed", "flat.npz": "other-width", "narrow.npz": "other-width"}
+    read, codes = stream(tmp_path, cuts_vectors=True)
+    assert [frames.shape for u, frames in read] == [(3, 12), (1, 12), (3, 12)]
+
+
+def test_a_stream_reads_a_single_file(tmp_path):
+    write(tmp_path / "a.npz")
+    write(tmp_path / "b.npz")
+    read, _ = stream(tmp_path / "b.npz")
+    assert [u.file for u, _ in read] == ["b.npz"]
+    with pytest.raises(check_data.UsageError, match="no such"):
+        stream(tmp_path / "c.npz")
 
 
 # --- the folder ---

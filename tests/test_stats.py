@@ -418,3 +418,13 @@ def test_no_change_of_a_checked_file_is_accepted(tmp_path, place):
         path.write_bytes(changed)
         with pytest.raises(stats.DataError, match="damaged"):
             stats.read_checked_arrays(path)
+
+
+def test_rank_correlation_is_spearmans():
+    rng = np.random.default_rng(0)
+    reference = rng.normal(size=20)
+    rows = np.stack([reference, 5 * reference**3, -reference, rng.normal(size=20)])
+    found = stats.rank_correlation(rows, reference)
+    np.testing.assert_allclose(found[:3], [1, 1, -1])
+    rank = [np.argsort(np.argsort(row)) for row in (rows[3], reference)]
+    assert found[3] == pytest.approx(np.corrcoef(*rank)[0, 1])

@@ -384,8 +384,9 @@ def write_sequences(folder, seed=0):
 
 
 @pytest.mark.parametrize("pooling", ["attentive", "mean"])
-def test_sequences_train_and_are_predicted_alike(tmp_path, jax_stack, pooling):
-    data, run, out = write_sequences(tmp_path / "data"), tmp_path / "run", tmp_path / "out"
+def test_sequences_train_and_are_predicted_alike(tmp_path, jax_stack, pooling, monkeypatch):
+    data, run, out, caught = write_sequences(tmp_path / "data"), tmp_path / "run", tmp_path / "out", []
+    monkeypatch.setattr(train, "train", catching(train.train, caught))
     arguments = ["--pooling", pooling, "--folds", "3", "--seeds", "2", "--epochs", "8", "--width", "16"]
     assert train.main([str(data), "--out", str(run), *arguments]) == 0
     assert json.loads((run / "metrics.json").read_text())["ua"] > 0.5
@@ -393,6 +394,8 @@ def test_sequences_train_and_are_predicted_alike(tmp_path, jax_stack, pooling):
     assert train.main([str(data), "--predict", str(run), "--out", str(out)]) == 0
     rows = rows_of(out / "predictions.csv")
     assert np.mean([row["predicted"] == emotions.EMOTIONS[int(row["file"][6:8]) - 1] for row in rows]) > 0.8
+    with np.load(out / "fusion.npz") as fusion:
+        np.testing.assert_allclose(fusion["logits"] / fusion["temperature"][:, None], caught[0].logits[-1], atol=2e-4)
     scope, described = {}, (run / "config.json").read_text()
     exec(readme_python("probabilities").replace("runs/sample", str(run)), scope)
     for row in rows[::7] if pooling == "attentive" else []:
@@ -406,6 +409,16 @@ def test_sequences_train_and_are_predicted_alike(tmp_path, jax_stack, pooling):
     (row,) = rows_of(tmp_path / "one" / "predictions.csv")
     for name in emotions.EMOTIONS:
         assert float(row[f"p_{name}"]) == pytest.approx(float(rows[5][f"p_{name}"]), abs=1e-4)
+
+
+def catching(function, caught):
+    """The function, whose results are kept in a list."""
+
+    def call(*arguments):
+        caught.append(function(*arguments))
+        return caught[-1]
+
+    return call
 
 
 # --- the linear part ---
@@ -1332,11 +1345,103 @@ def test_prediction_writes_the_same_fusion_file(trained, tmp_path):
     assert fusion["statistics"] == own["statistics"]
     assert fusion["embedding"].shape == own["embedding"].shape
     assert set(fusion["fold"]) == {0}
-    assert set(fusion["label"]) == {-1}
+    np.testing.assert_array_equal(fusion["label"], own["label"])
+    np.testing.assert_array_equal(fusion["speaker"], own["speaker"])
     rows = rows_of(tmp_path / "out" / "predictions.csv")
     np.testing.assert_allclose(fusion["probability"][:, 0], [float(row["p_neutral"]) for row in rows], atol=1e-6)
     calibrated = stats.probabilities(fusion["logits"] / fusion["temperature"][:, None])
     np.testing.assert_allclose(calibrated, fusion["probability"], atol=1e-6)
+
+
+def test_prediction_scores_labelled_files_of_speakers_that_the_model_has_not_heard(trained, tmp_path, capsys):
+    data = write_sample(tmp_path / "data", actors=6, dim=24)  # of which the model has heard four of each corpus
+    np.savez(data / "nameless.npz", emb=np.load(data / "cremad_1001_IOM_ANG_XX.npz")["emb"] + 1)
+    np.savez(data / "cremad_1006_XXX_ANG_XX.npz", emb=np.zeros(24))
+    assert train.main([str(data), "--predict", str(trained / "first"), "--out", str(tmp_path / "out")]) == 1
+    told = capsys.readouterr().out
+    fusion = np.load(tmp_path / "out" / "fusion.npz")
+    unheard = np.isin(fusion["speaker"], ["ravdess:05", "ravdess:06", "cremad:1005", "cremad:1006"])
+    label, predicted = fusion["label"][unheard], fusion["probability"][unheard].argmax(1)
+    ua = float(stats.scores(stats.confusion_matrix(label, predicted, 8))["ua"])
+    assert f"UA {ua:.4f} (" in told
+    assert f") on {unheard.sum()} labelled files of 4 speakers whom the model has never heard\n" in told
+    assert f"{(~unheard).sum()} not scored" in told
+    rows = rows_of(tmp_path / "out" / "predictions.csv")
+    assert [row["label"] for row in rows if row["file"] == "nameless.npz"] == [""]
+    assert [row["label"] for row in rows if row["file"] == "cremad_1001_IOM_ANG_XX.npz"] == ["angry"]
+    assert [row["code"] for row in rows_of(tmp_path / "out" / "skipped.csv")] == ["constant"]
+
+
+def test_prediction_folds_labels_as_the_training_did(tmp_path, jax_stack):
+    data, run, out = write_sample(tmp_path / "data", actors=3, dim=24), tmp_path / "run", tmp_path / "out"
+    assert train.main([str(data), "--out", str(run), "--merge", "calm=neutral", *FAST]) == 0
+    assert train.main([str(data), "--predict", str(run), "--out", str(out)]) == 0
+    assert {row["label"] for row in rows_of(out / "predictions.csv")} == set(emotions.EMOTIONS) - {"calm"}
+
+
+def test_prediction_takes_a_single_file_and_needs_no_jax(trained, tmp_path):
+    file = next((trained / "data").glob("ravdess*.npz"))
+    code = "import sys; sys.modules['jax'] = None; import train; sys.exit(train.main(sys.argv[1:]))"
+    arguments = [str(file), "--predict", str(trained / "first"), "--out", str(tmp_path / "out")]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert "1 file labelled, 0 left out" in done.stdout
+    assert done.stderr == ""
+    (row,) = rows_of(tmp_path / "out" / "predictions.csv")
+    (before,) = [row for row in rows_of(trained / "first" / "predictions.csv") if row["file"] == file.name]
+    assert (row["file"], row["label"]) == (file.name, before["label"])
+
+
+@pytest.fixture(scope="module")
+def marked(tmp_path_factory, jax_stack):
+    """Features with a mean that is large beside their deviations, as those of an encoder, and a run on them."""
+    place = tmp_path_factory.mktemp("marked")
+    signature = 20 * np.random.default_rng(5).normal(size=48)
+    for path in write_sample(place / "data", actors=4).iterdir():
+        np.savez(path, emb=np.load(path)["emb"] + signature)
+    assert train.main([str(place / "data"), "--out", str(place / "run"), *FAST]) == 0
+    return place
+
+
+def test_prediction_leaves_out_what_is_of_another_encoder(marked, tmp_path, capsys, caplog):
+    data = tmp_path / "data"
+    shutil.copytree(marked / "data", data)
+    files = sorted(path.name for path in data.glob("ravdess*"))
+    for name in files[:3]:
+        np.savez(data / name, emb=np.load(data / name)["emb"][::-1])
+    np.savez(data / files[3], emb=3 * np.load(data / files[3])["emb"])  # a microphone is no other encoder
+    assert train.main([str(data), "--predict", str(marked / "run"), "--out", str(tmp_path / "out")]) == 1
+    assert "109 files labelled, 3 left out" in capsys.readouterr().out
+    found = rows_of(tmp_path / "out" / "skipped.csv")
+    assert [(row["file"], row["code"]) for row in found] == [(name, "other-encoder") for name in files[:3]]
+    for path in data.glob("*.npz"):
+        np.savez(path, emb=np.load(marked / "data" / path.name)["emb"][::-1])
+    assert train.main([str(data), "--predict", str(marked / "run"), "--out", str(tmp_path / "none")]) == 2
+    assert "no file can be used" in caplog.messages[-1]
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("fault", ["another encoder", "another width"])
+def test_prediction_refuses_statistics_that_are_not_of_the_models_encoder(marked, tmp_path, fault, caplog):
+    data, mean = tmp_path / "data", np.load(marked / "run" / stats.MEAN_FILE)
+    shutil.copytree(marked / "data", data, ignore=shutil.ignore_patterns("wav2vec*"))
+    mean = mean[::-1] if fault == "another encoder" else mean[:40]
+    np.save(data / stats.MEAN_FILE, mean)
+    np.save(data / stats.STD_FILE, np.ones_like(mean))
+    assert train.main([str(data), "--predict", str(marked / "run"), "--out", str(tmp_path / "out")]) == 2
+    assert "wav2vec_mean.npy" in caplog.messages[-1]
+    assert not (tmp_path / "out").exists()
+    np.save(data / stats.MEAN_FILE, np.load(marked / "run" / stats.MEAN_FILE) * 1.1)
+    np.save(data / stats.STD_FILE, np.ones(48))
+    assert train.main([str(data), "--predict", str(marked / "run"), "--out", str(tmp_path / "out")]) == 0
+
+
+def test_features_that_were_normalised_are_never_of_another_encoder(trained, tmp_path):
+    """They have no mean that could tell."""
+    assert json.loads((trained / "first" / "config.json").read_text())["likeness"] < 0.2
+    other = write_sample(tmp_path / "other", actors=1, dim=24, seed=3)
+    assert train.main([str(other), "--predict", str(trained / "first"), "--out", str(tmp_path / "out")]) == 0
 
 
 def test_prediction_never_overwrites_a_training_run(trained, capsys):
@@ -1347,14 +1452,12 @@ def test_prediction_never_overwrites_a_training_run(trained, capsys):
 
 
 def test_the_saved_model_is_the_final_one(trained, tmp_path, monkeypatch):
-    caught, real = [], train.train
-
-    def catching(*arguments):
-        caught.append(real(*arguments))
-        return caught[0]
-
-    monkeypatch.setattr(train, "train", catching)
-    assert train.main([str(trained / "data"), "--out", str(tmp_path / "run"), *FAST]) == 0
+    caught, run = [], tmp_path / "run"
+    monkeypatch.setattr(train, "train", catching(train.train, caught))
+    assert train.main([str(trained / "data"), "--out", str(run), *FAST]) == 0
+    assert train.main([str(trained / "data"), "--predict", str(run), "--out", str(tmp_path / "out")]) == 1
+    with np.load(tmp_path / "out" / "fusion.npz") as fusion:
+        np.testing.assert_allclose(fusion["logits"] / fusion["temperature"][:, None], caught[0].logits[-1], atol=2e-4)
     with np.load(tmp_path / "run" / "model.npz") as model:
         kernel = np.asarray(caught[0].params["Dense_0"]["kernel"])
         np.testing.assert_array_equal(model["params/Dense_0/kernel"], kernel[6:])
