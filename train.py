@@ -2516,7 +2516,6 @@ def _save_prediction(
     logits: np.ndarray,
     embedding: np.ndarray,
 ) -> None:
-    """Write what was predicted, and say how it compares with the labels that the names tell."""
     number = {name: index for index, name in enumerate(model.classes)}
     label = np.array([number.get(utterance.emotion, -1) for utterance in utterances])
     probability = stats.probabilities(logits)
@@ -2535,24 +2534,28 @@ def _save_prediction(
         speaker=[utterance.speaker or "" for utterance in utterances],
     )
     skipped = stats.csv_bytes([finding._asdict() for finding in scan.findings], check_data.Finding._fields)
-    artifacts = {"predictions.csv": stats.csv_bytes(rows), "skipped.csv": skipped, "fusion.npz": fusion}
     out.mkdir(parents=True, exist_ok=True)
+    artifacts = {"predictions.csv": stats.csv_bytes(rows), "skipped.csv": skipped, "fusion.npz": fusion}
     stats.write_files(out, artifacts)
-    predicted = probability.argmax(1)
-    counts = ", ".join(f"{name} {(predicted == index).sum()}" for name, index in number.items())
-    print(f"{len(rows)} file{'s' * (len(rows) > 1)} labelled, {len(scan.findings)} left out: {check_data.printable(counts)}")
+    counts = ", ".join(f"{name} {(probability.argmax(1) == index).sum()}" for name, index in number.items())
+    labelled = f"{len(rows)} file{'s' * (len(rows) > 1)} labelled"
+    print(f"{labelled}, {len(scan.findings)} left out: {check_data.printable(counts)}")
     speaker = np.array([utterance.speaker or "" for utterance in utterances])
-    unheard = np.array([name not in {"", *model.speakers} for name in speaker.tolist()])
-    counted = (label >= 0) & unheard
+    _say_agreement(label, probability.argmax(1), speaker, model)
+    print(check_data.printable(str(out / "predictions.csv")))
+
+
+def _say_agreement(label: np.ndarray, predicted: np.ndarray, speaker: np.ndarray, model: Model) -> None:
+    """Score the files whose names tell an emotion, -1 if they do not; only speakers new to the model count."""
+    counted = (label >= 0) & np.array([name not in {"", *model.speakers} for name in speaker.tolist()])
     if counted.any():
-        _, confusions = stats.group_confusions(speaker[counted], label[counted], predicted[counted], len(number))
-        ua = float(stats.scores(confusions.sum(0))["ua"])
-        low, high = stats.speaker_intervals(confusions, 0)["ua"]
+        told = speaker[counted], label[counted], predicted[counted]
+        _, confusions = stats.group_confusions(*told, len(model.classes))
+        ua, (low, high) = stats.scores(confusions.sum(0))["ua"], stats.speaker_intervals(confusions, 0)["ua"]
         whom = f"{counted.sum()} labelled files of {len(confusions)} speakers whom the model has never heard"
         print(f"UA {ua:.4f} ({low:.4f} to {high:.4f}) on {whom}")
     if (label >= 0).any() and not counted.all():
         print(f"{(~counted).sum()} not scored: no known label or speaker, or one that the model has heard")
-    print(check_data.printable(str(out / "predictions.csv")))
 
 
 def main(arguments: list[str] | None = None) -> int:
