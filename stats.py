@@ -610,3 +610,55 @@ def expected_calibration_error(probability: np.ndarray, label: np.ndarray, bins:
     """
     found = reliability(probability, label, bins)
     return float(np.nansum(found["n"] * np.abs(found["accuracy"] - found["confidence"])) / found["n"].sum())
+
+
+# --- weighing two parts of a model ----------------------------------------------------------------------------------
+
+WEIGHTS = tuple(0.02 * 1.25**step for step in range(24))  # of logits, to choose from: 0.02 to 3.4
+TRUST = 4  # power of the validation loss by which the hidden layer and the linear part weigh against each other
+
+
+class Blend(NamedTuple):
+    """How much hidden layer and linear part weigh in a fold, and which shrinkage the linear part has.
+
+    The logits are those weighted parts over `temperature`, which calibrates them.
+    """
+
+    shrinkage: int
+    hidden: float
+    linear: float
+    temperature: float
+
+
+def choose_blend(hidden: np.ndarray, linear: np.ndarray, heard: list[np.ndarray], label: np.ndarray) -> Blend:
+    """Weigh the two parts by the validation utterances of the seeds of a fold.
+
+    Each part gets the weight at which it alone is as sure of itself as it may be, so that one that knows nothing
+    weighs nothing, and weighs the more the smaller its loss is; then the sum gets its weight. The best weights of the
+    two together would be those of one seed, and the seeds differ more in the hidden layer, which gains more from
+    their mean.
+
+    Parameters
+    ----------
+    hidden, linear
+        Logits of the seeds, shapes (S, N, C) and (S, shrinkages, N, C).
+    heard
+        The validation utterances of each seed.
+    label
+        Shape (N,).
+    """
+
+    def best(logits, weights):
+        losses = [
+            np.mean([balanced_cross_entropy(weight * own[k], label[k]) for own, k in zip(logits, heard)])
+            for weight in weights
+        ]
+        return min(losses), weights[int(np.argmin(losses))]
+
+    found = [best(linear[:, number], (0.0, *WEIGHTS)) for number in range(linear.shape[1])]
+    shrinkage = min(range(len(found)), key=lambda number: found[number][0])
+    (hidden_loss, a), (linear_loss, b) = best(hidden, (0.0, *WEIGHTS)), found[shrinkage]
+    share = 1 / (1 + (hidden_loss / max(linear_loss, 1e-9)) ** TRUST)
+    a, b = 2 * share * a, 2 * (1 - share) * b
+    both = best(a * hidden + b * linear[:, shrinkage], WEIGHTS)[1]
+    return Blend(shrinkage, a, b, 1 / both)

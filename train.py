@@ -61,8 +61,6 @@ log = logging.getLogger("train")
 EPOCHS_A_CALL = 4  # the host looks at the figures, prints and decides between calls
 CHUNKS_A_SEQUENCE = 8  # frames are stored in chunks so long that a sequence of average length has as many
 SHRINKAGES = (0.01, 0.03, 0.1, 0.2, 0.3, 0.5, 0.8)  # of the covariance behind the linear part
-WEIGHTS = tuple(0.02 * 1.25**step for step in range(24))  # of logits, to choose from: 0.02 to 3.4
-TRUST = 4  # power of the validation loss by which the hidden layer and the linear part weigh against each other
 STEPS_AN_EPOCH = 16  # at least, for sets so small that whole batches would leave too few updates
 ENDING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 DUTY = 20  # times as long as a save of the state took, the next one waits; it is done in the background
@@ -80,7 +78,7 @@ SWEEP = {  # the grid of --sweep: every combination
 }
 
 
-# --- options ------------------------------------------------------------------------------------------------------
+# --- options --------------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,7 +131,159 @@ def parse_config(arguments: list[str] | None = None) -> Config:
     return Config(**vars(parser.parse_args(arguments)))
 
 
-# --- data ---------------------------------------------------------------------------------------------------------
+# --- a run, from the folder to the report ---------------------------------------------------------------------------
+
+
+def run_training(config: Config) -> int:
+    run = Path(config.out or Path("runs") / (Path(config.directory).resolve().name or "data"))
+    _refuse_foreign(run, check_data.folder(config.directory))
+    with RunLog() as told:
+        with Keeper(run, _process_number() == 0) as keeper:
+            metrics = train_and_score(config, keeper, told)
+        for file in (told.target.stream, sys.stdout) if metrics else ():
+            file.write(report_text(metrics, run, file))
+    return 0
+
+
+def train_and_score(config: Config, keeper: "Keeper", told: "RunLog") -> dict:
+    """All that a run does; its metrics, or nothing where another process tells them."""
+    started, run = time.perf_counter(), keeper.run
+    device = _start(config, keeper)
+    scan = _scan(config, run)
+    dataset = pack(scan, config.pooling)
+    plan = make_plan(dataset, config)
+    stored, new_place = _statistics(scan, dataset, run, config)
+    unfinished = keeper.look(_identity(config, scan, dataset, plan, stored), config.fresh)
+    if keeper.leads:
+        told.begin(run / "train.log", append=unfinished is not None)
+        if new_place:
+            stats.save(new_place, stored.statistics, scan.fingerprint)
+    _say_plan(plan, config.seeds)
+    if unfinished:
+        log.info(f"GOING ON from {unfinished} of the unfinished run in {check_data.printable(str(run))}")
+    trained = train(dataset, plan, stored, config, keeper)
+    metrics, probability = evaluate(dataset, plan, trained, stored.supplied, config)
+    metrics |= {"left_out": scan.left_out(), "left_out_first": _first_of_each(scan.findings)}
+    metrics |= {"device": device, "versions": _versions(), "settings": _settings(config)}
+    metrics |= {"command": command_line(config), "seconds": round(time.perf_counter() - started, 1)}
+    if not keeper.leads:
+        return {}
+    with keeper.finishing():
+        save_run(run, scan, dataset, plan, trained, stored, metrics, probability, config)
+    return metrics
+
+
+class RunLog(logging.handlers.MemoryHandler):
+    """What a run says, for train.log.
+
+    It is held back until the data are found good: a run that cannot start must not replace the log of one that could.
+    """
+
+    def __init__(self):
+        super().__init__(1 << 30, flushLevel=logging.CRITICAL, flushOnClose=False)
+
+    def begin(self, path: Path, append: bool) -> None:
+        """Write what was said so far, and from now on each line at once."""
+        mode = "a" if append else "w"
+        self.setTarget(logging.FileHandler(path, mode, encoding="utf-8", errors="backslashreplace"))
+        self.flush()
+        self.capacity = 0
+
+    def __enter__(self) -> "RunLog":
+        log.addHandler(self)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        log.removeHandler(self)
+        if self.target:
+            self.target.close()
+
+
+def _start(config: Config, keeper: "Keeper") -> str:
+    """Start jax, alone or as one of several processes; the device, in words."""
+    device = start_jax()
+    if (jax.process_index() == 0) != keeper.leads:
+        raise check_data.UsageError("the environment names this process as one of several, and jax knows no others")
+    if not keeper.leads:
+        log.setLevel(logging.WARNING)
+    log.info(f"device: {device}")
+    if not config.no_compile_cache:
+        keep_compiled()
+    return device
+
+
+def _scan(config: Config, run: Path) -> check_data.Scan:
+    """Scan DIR as check_data.py does, and say the same of it."""
+    told = ", ".join(f"{name} {value}" for name, value in _settings(config).items())
+    log.info(f"settings: {check_data.printable(told)}")
+    if not os.access(config.directory, os.W_OK):
+        log.info(f"statistics: DIR is read-only, so they will be saved in {check_data.printable(str(run))}")
+    scan = check_data.scan(config, keep_features=True, progress=_scan_progress())
+    for line in (*check_data.findings_report(scan), *check_data.summary(scan)):
+        log.info(line)
+    for obstacle in check_data.obstacles(scan):
+        raise check_data.UsageError(obstacle)
+    return scan
+
+
+def _refuse_foreign(run: Path, directory: Path) -> None:
+    """Keep results out of the data, and those of other data as they are."""
+    name = check_data.printable(str(run))
+    if run.resolve() == directory.resolve():
+        raise check_data.UsageError(f"--out {name} is the folder of the features; choose another")
+    try:
+        data = json.loads((run / "config.json").read_text())["data"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    if data != str(directory.resolve()):
+        told = check_data.printable(str(data))
+        raise check_data.UsageError(f"{name} holds the results for {told}; choose another --out, or remove them")
+
+
+def _scan_progress() -> Callable[[int], None]:
+    last = time.monotonic()
+
+    def progress(files: int) -> None:
+        nonlocal last
+        if time.monotonic() - last > 2:
+            last = time.monotonic()
+            log.info(f"read {files} files")
+
+    return progress
+
+
+def _first_of_each(findings: list[check_data.Finding]) -> dict[str, dict]:
+    """The first file that is left out for each code, and the reason."""
+    return {finding.code: {"file": finding.file, "reason": finding.reason} for finding in reversed(findings)}
+
+
+def _settings(config: Config) -> dict:
+    """The options that say something."""
+    return {
+        name: value
+        for name, value in dataclasses.asdict(config).items()
+        if value is not None and value is not False and value != ()
+    }
+
+
+def command_line(config: Config) -> str:
+    """The command that asks for these options, as a shell takes it."""
+    words = []
+    for field in dataclasses.fields(config)[1:]:
+        value, flag = getattr(config, field.name), f"--{field.name.replace('_', '-')}"
+        if value != field.default:
+            values = value if isinstance(value, tuple) else (value,)
+            words += [flag if one is True else f"{flag}={one}" for one in values]
+    dashed = config.directory.startswith("-")
+    return shlex.join(["python", "train.py", *words, *["--"] * dashed, config.directory])
+
+
+def _versions() -> dict[str, str]:
+    packages = {name: importlib.metadata.version(name) for name in ("jax", "flax", "optax", "numpy")}
+    return {"python": platform.python_version()} | packages
+
+
+# --- the data -------------------------------------------------------------------------------------------------------
 
 
 class Frames(NamedTuple):
@@ -205,6 +355,9 @@ def pack(scan: check_data.Scan, pooling: str = "attentive") -> Dataset:
     return Dataset(moments.mean.astype(np.float32), length, label, classes, utterances, moments, frames)
 
 
+# --- the folds: who trains, validates and tests whom ----------------------------------------------------------------
+
+
 class Plan(NamedTuple):
     """Who trains, validates and tests whom.
 
@@ -225,35 +378,46 @@ class Plan(NamedTuple):
         return int(self.fold.max()) + 1
 
 
-def balanced_blocks(group: np.ndarray, label: np.ndarray, blocks: int, seed: int) -> np.ndarray:
-    """Deal groups into blocks so that every block gets its share of every class.
+def make_plan(dataset: Dataset, config: Config) -> Plan:
+    """Split by speaker: test folds outside, and inside each of them a rotation of validation speakers over the seeds.
 
-    Parameters
-    ----------
-    group, label
-        Group and class of each utterance, shape (N,), counted from 0.
+    Every seed of a fold leaves out another block of its speakers for validation, so that together they train on all
+    of them, and their mean validation loss speaks for all of them too.
 
-    Returns
-    -------
-    numpy.ndarray
-        The block of each utterance, shape (N,); the utterances of a group are in one block. No block is empty while
-        there are as many groups.
+    Raises
+    ------
+    check_data.UsageError
+        If the folds that were asked for cannot be made from these speakers.
     """
-    counts = np.zeros((group.max() + 1, label.max() + 1))
-    np.add.at(counts, (group, label), 1)
-    counts /= np.maximum(counts.sum(0), 1)  # (G, C): rare classes count as much as common ones
-    order = np.random.default_rng(seed).permutation(len(counts))
-    order = order[np.argsort(-counts[order].sum(1), kind="stable")]  # the large groups first, while there is room
-    load, block_of = np.zeros((blocks, counts.shape[1])), np.zeros(len(counts), int)
-    for member in order:
-        crowding = load @ counts[member]  # growth of the summed squared load, but for a constant
-        block = np.lexsort((load.sum(1), crowding))[0]
-        block_of[member], load[block] = block, load[block] + counts[member]
-    return block_of[group]
-
-
-def _numbered(names: list[str]) -> np.ndarray:
-    return np.unique(names, return_inverse=True)[1].reshape(-1)
+    speaker, independent, notes = _speakers(dataset.utterances)
+    if not config.folds.isdecimal() and not independent and len(set(speaker)) == len(speaker):
+        raise check_data.UsageError(f"--folds {config.folds} needs names that tell their speakers; use --folds 5")
+    fold, more = _test_folds(config.folds, speaker, dataset.label, config.seed)
+    notes = notes + more
+    folds = int(fold.max()) + 1
+    if folds < 2:
+        raise check_data.UsageError(f"--folds {config.folds} leaves one fold; at least two are needed")
+    scheme = emotions.SCHEMES.get(config.folds)
+    train, validation = [], []
+    for current in range(folds + 1):  # the last one is the final model
+        rest = fold != current
+        if scheme and scheme.next_block_validates and current < folds:
+            held_out = [rest & (fold == (current + 1) % folds)] * config.seeds
+        else:
+            held_out, note = _rotation(rest, speaker, dataset.label, config)
+            notes = notes + [note] * (note is not None and note not in notes)
+        train += [rest & ~held for held in held_out]
+        validation += held_out
+    plan = Plan(config.folds, fold, np.array(train), np.array(validation), speaker, independent, notes)
+    for side in (plan.train, plan.validation):
+        empty = np.flatnonzero(~side.any(1))
+        if empty.size:
+            where = _member_name(int(empty[0]), folds, config.seeds)
+            raise check_data.UsageError(
+                f"--folds {config.folds} leaves nobody to train on or to validate with (fold {where}); add speakers"
+            )
+    check_disjoint(plan)
+    return plan._replace(notes=notes + _missing_classes(dataset, plan, config.seeds))
 
 
 def _speakers(utterances: list[emotions.Utterance]) -> tuple[np.ndarray, bool, list[str]]:
@@ -300,58 +464,31 @@ def _test_folds(scheme: str, speaker: np.ndarray, label: np.ndarray, seed: int) 
     return balanced_blocks(_numbered(speaker), label, folds, seed), notes
 
 
-def make_plan(dataset: Dataset, config: Config) -> Plan:
-    """Split by speaker: test folds outside, and inside each of them a rotation of validation speakers over the seeds.
+def balanced_blocks(group: np.ndarray, label: np.ndarray, blocks: int, seed: int) -> np.ndarray:
+    """Deal groups into blocks so that every block gets its share of every class.
 
-    Every seed of a fold leaves out another block of its speakers for validation, so that together they train on all
-    of them, and their mean validation loss speaks for all of them too.
+    Parameters
+    ----------
+    group, label
+        Group and class of each utterance, shape (N,), counted from 0.
 
-    Raises
-    ------
-    check_data.UsageError
-        If the folds that were asked for cannot be made from these speakers.
+    Returns
+    -------
+    numpy.ndarray
+        The block of each utterance, shape (N,); the utterances of a group are in one block. No block is empty while
+        there are as many groups.
     """
-    speaker, independent, notes = _speakers(dataset.utterances)
-    if not config.folds.isdecimal() and not independent and len(set(speaker)) == len(speaker):
-        raise check_data.UsageError(f"--folds {config.folds} needs names that tell their speakers; use --folds 5")
-    fold, more = _test_folds(config.folds, speaker, dataset.label, config.seed)
-    notes = notes + more
-    folds = int(fold.max()) + 1
-    if folds < 2:
-        raise check_data.UsageError(f"--folds {config.folds} leaves one fold; at least two are needed")
-    scheme = emotions.SCHEMES.get(config.folds)
-    train, validation = [], []
-    for current in range(folds + 1):  # the last one is the final model
-        rest = fold != current
-        if scheme and scheme.next_block_validates and current < folds:
-            held_out = [rest & (fold == (current + 1) % folds)] * config.seeds
-        else:
-            held_out, note = _rotation(rest, speaker, dataset.label, config)
-            notes = notes + [note] * (note is not None and note not in notes)
-        train += [rest & ~held for held in held_out]
-        validation += held_out
-    plan = Plan(config.folds, fold, np.array(train), np.array(validation), speaker, independent, notes)
-    for side in (plan.train, plan.validation):
-        empty = np.flatnonzero(~side.any(1))
-        if empty.size:
-            where = _member_name(int(empty[0]), folds, config.seeds)
-            raise check_data.UsageError(
-                f"--folds {config.folds} leaves nobody to train on or to validate with (fold {where}); add speakers"
-            )
-    check_disjoint(plan)
-    return plan._replace(notes=notes + _missing_classes(dataset, plan, config.seeds))
-
-
-def _missing_classes(dataset: Dataset, plan: Plan, seeds: int) -> list[str]:
-    """Say where a class is tested by models that never trained on it."""
-    notes = []
-    for fold in range(plan.folds):
-        trained = plan.train[fold * seeds : (fold + 1) * seeds].any(0)
-        never = set(dataset.label[plan.fold == fold]) - set(dataset.label[trained])
-        if never:
-            names = ", ".join(dataset.classes[label] for label in sorted(never))
-            notes.append(f"fold {fold + 1} tests {names} without having trained on it: too few speakers have it")
-    return notes
+    counts = np.zeros((group.max() + 1, label.max() + 1))
+    np.add.at(counts, (group, label), 1)
+    counts /= np.maximum(counts.sum(0), 1)  # (G, C): rare classes count as much as common ones
+    order = np.random.default_rng(seed).permutation(len(counts))
+    order = order[np.argsort(-counts[order].sum(1), kind="stable")]  # the large groups first, while there is room
+    load, block_of = np.zeros((blocks, counts.shape[1])), np.zeros(len(counts), int)
+    for member in order:
+        crowding = load @ counts[member]  # growth of the summed squared load, but for a constant
+        block = np.lexsort((load.sum(1), crowding))[0]
+        block_of[member], load[block] = block, load[block] + counts[member]
+    return block_of[group]
 
 
 def _rotation(
@@ -368,6 +505,22 @@ def _rotation(
     block = np.full(len(rest), -1)
     block[rest] = balanced_blocks(group, label[rest], blocks, config.seed)
     return [block == seed % blocks for seed in range(config.seeds)], note
+
+
+def _numbered(names: list[str]) -> np.ndarray:
+    return np.unique(names, return_inverse=True)[1].reshape(-1)
+
+
+def _missing_classes(dataset: Dataset, plan: Plan, seeds: int) -> list[str]:
+    """Say where a class is tested by models that never trained on it."""
+    notes = []
+    for fold in range(plan.folds):
+        trained = plan.train[fold * seeds : (fold + 1) * seeds].any(0)
+        never = set(dataset.label[plan.fold == fold]) - set(dataset.label[trained])
+        if never:
+            names = ", ".join(dataset.classes[label] for label in sorted(never))
+            notes.append(f"fold {fold + 1} tests {names} without having trained on it: too few speakers have it")
+    return notes
 
 
 def check_disjoint(plan: Plan) -> bool:
@@ -396,6 +549,52 @@ def check_disjoint(plan: Plan) -> bool:
     return not shared
 
 
+def _names(plan: Plan, mask: np.ndarray) -> list[str]:
+    return np.unique(plan.speaker[mask]).tolist()
+
+
+def _say_plan(plan: Plan, seeds: int) -> None:
+    log.info(f"folds: {plan.scheme}, {plan.folds} of them and the final model, {seeds} seeds each")
+    if plan.independent:
+        for fold in range(plan.folds):
+            tested = _names(plan, plan.fold == fold)
+            shown = " ".join(tested[:6]) + f" ... ({len(tested)})" * (len(tested) > 6)
+            log.info(f"  fold {fold + 1} tests {check_data.printable(shown)}")
+        if check_disjoint(plan):
+            log.info("  no speaker is in more than one of training, validation and test: checked")
+    for note in plan.notes:
+        log.info(f"note: {note}")
+
+
+# --- the statistics and the class weights of each model -------------------------------------------------------------
+
+
+def _statistics(scan: check_data.Scan, dataset: Dataset, run: Path, config: Config) -> tuple[stats.Stored, Path | None]:
+    """The statistics in DIR, or new ones over all data, and where to save those for future use."""
+    stored, place = scan.stored, None
+    if stored and stored.supplied:
+        if config.recompute_stats:
+            raise check_data.UsageError(f"{stats.MEAN_FILE} and {stats.STD_FILE} in DIR are yours: move them away")
+        log.info(f"statistics: yours, from {stats.MEAN_FILE} and {stats.STD_FILE} in DIR; they apply everywhere")
+    elif stored and not config.recompute_stats and not scan.statistics_are_stale:
+        log.info("statistics: the final model has those saved in DIR, every fold those of its own training speakers")
+    else:
+        stale = scan.statistics_are_stale and not config.recompute_stats
+        stored = stats.Stored(dataset.moments.merged().statistics(), False, scan.fingerprint)
+        if stale:
+            log.info("statistics: THOSE IN DIR WERE COMPUTED FOR OTHER FILES AND ARE NOT USED;")
+            log.info("            --recompute-stats renews them there, this run saves its own with its results")
+        else:
+            place = scan.directory if os.access(scan.directory, os.W_OK) else run
+            log.info(f"statistics: computed and saved in {check_data.printable(str(place))} for the final model;")
+            log.info("            every fold has those of its own training speakers")
+    constant = np.flatnonzero(stored.statistics.constant())
+    if constant.size:
+        named = ", ".join(map(str, constant[:10])) + " ..." * (constant.size > 10)
+        log.info(f"statistics: {constant.size} dimensions do not vary and are not scaled: {named}")
+    return stored, place
+
+
 def member_statistics(dataset: Dataset, plan: Plan, stored: stats.Stored) -> tuple[np.ndarray, np.ndarray]:
     """Mean and scale for each member, shape (P, D).
 
@@ -420,151 +619,7 @@ def class_weights(label: np.ndarray, train: np.ndarray, classes: int) -> np.ndar
     return np.where(counts > 0, share, 0).astype(np.float32)
 
 
-# --- the device ---------------------------------------------------------------------------------------------------
-
-
-def probe_gpu() -> tuple[str | None, str]:
-    """Ask NVIDIA's driver, not jax, for a GPU: its name or None, and why there is none."""
-    if os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1"):
-        return None, "CUDA_VISIBLE_DEVICES hides every GPU"
-    vendors = glob.glob("/sys/bus/pci/devices/*/vendor")
-    hardware = bool(glob.glob("/dev/nvidia[0-9]*")) or any(_is_nvidia_gpu(Path(vendor).parent) for vendor in vendors)
-    try:
-        driver = ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
-    except OSError:
-        missing = "an NVIDIA GPU IS HERE BUT ITS DRIVER IS NOT INSTALLED (no libcuda.so.1)"
-        return None, missing if hardware else "there is no NVIDIA GPU on this machine"
-    count, name = ctypes.c_int(), ctypes.create_string_buffer(256)
-    status = driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count))
-    if status or not count.value:
-        unusable = f"AN NVIDIA GPU IS HERE BUT ITS DRIVER CANNOT USE IT (CUDA error {status}; try nvidia-smi)"
-        return None, unusable if hardware else "there is no NVIDIA GPU on this machine"
-    driver.cuDeviceGetName(name, len(name), 0)
-    return name.value.decode(errors="replace"), ""
-
-
-def _is_nvidia_gpu(device: Path) -> bool:
-    try:
-        return (device / "vendor").read_text().strip() == "0x10de" and (device / "class").read_text().startswith("0x03")
-    except OSError:
-        return False
-
-
-def choose_platform(gpu: str | None, fault: str, has_cuda: bool, asked: str) -> tuple[str, str]:
-    """Which platforms jax may use ('' leaves it to jax), and why it is the CPU if it is.
-
-    Found out before jax is imported: with CUDA wheels and no GPU its import prints a traceback, and with a driver
-    that does not fit it would take the CPU in silence.
-    """
-    if asked:
-        return asked, f"JAX_PLATFORMS={asked} asks for it"
-    if gpu and has_cuda:
-        return "cuda,cpu", ""
-    if gpu:
-        return "cpu", f"{gpu.upper()} IS HERE BUT THIS JAX HAS NO CUDA SUPPORT: pip install 'jax[cuda12]'"
-    return ("cpu" if has_cuda else ""), fault
-
-
-class _Complaints(logging.Handler):
-    """What jax logs while it starts its backends, to be said in one line: it would print a traceback."""
-
-    def __init__(self):
-        super().__init__()
-        self.heard: list[str] = []
-        self.logger = logging.getLogger("jax._src.xla_bridge")
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.heard.append(str(record.exc_info[1]) if record.exc_info else record.getMessage())
-
-    def __enter__(self) -> "_Complaints":
-        self.logger.addHandler(self)
-        self.logger.propagate = False
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.logger.removeHandler(self)
-        self.logger.propagate = True
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def start_jax() -> str:
-    """Import the JAX stack, which takes seconds, on the best platform; return a line that names the device.
-
-    It is imported here and not at the top so that `--help` and every fault of the command line answer at once, and
-    so that the platform is chosen first.
-    """
-    global jax, jnp, nn, optax
-    plugins = ("jax_plugins.xla_cuda12", "jax_plugins.xla_cuda13") if importlib.util.find_spec("jax_plugins") else ()
-    has_cuda = any(map(importlib.util.find_spec, plugins))
-    platforms, reason = choose_platform(*probe_gpu(), has_cuda, os.environ.get("JAX_PLATFORMS", ""))
-    if platforms:
-        os.environ["JAX_PLATFORMS"] = platforms
-    import flax.linen as nn
-    import jax
-    import jax.numpy as jnp
-    import optax
-
-    if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-        # The population is shared among devices: see population_mesh.
-        jax.config.update("jax_num_cpu_devices", _cores())
-    join_hosts()
-    with _Complaints() as complaints:
-        try:
-            device = jax.devices()[0]
-        except RuntimeError as error:  # only where the user's own JAX_PLATFORMS leaves no other choice
-            raise check_data.UsageError(f"JAX_PLATFORMS={platforms}: {str(error).splitlines()[0]}") from None
-    if platforms != "cpu" and device.platform == "cpu" and complaints.heard:
-        reason = f"THE GPU COULD NOT BE USED: {check_data.printable(complaints.heard[0].strip().splitlines()[0])}"
-    if device.platform == "cpu":
-        return f"CPU ({_cores()} cores), because {reason or 'jax found nothing else'}"
-    return f"{device.platform.upper()} {device.device_kind}" + (
-        f" and {jax.device_count() - 1} more" if jax.device_count() > 1 else ""
-    )
-
-
-def join_hosts() -> None:
-    """Join the other processes of a run on several hosts, before any device is used.
-
-    Started by SLURM or MPI they are known; else JAX_COORDINATOR_ADDRESS (host:port of process 0), JAX_NUM_PROCESSES
-    and JAX_PROCESS_ID tell them. DIR and the options must be the same everywhere; process 0 writes.
-    """
-    named = {name: os.environ.get(f"JAX_{name.upper()}") for name in ("num_processes", "process_id")}
-    try:
-        if all(named.values()) and os.environ.get("JAX_COORDINATOR_ADDRESS"):
-            jax.distributed.initialize(**{name: int(value) for name, value in named.items()})
-        elif any(int(os.environ.get(name) or 1) > 1 for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")):
-            jax.distributed.initialize()
-    except (ValueError, IndexError, RuntimeError) as error:
-        raise check_data.UsageError(
-            "the other processes cannot be joined (JAX_COORDINATOR_ADDRESS as host:port, JAX_NUM_PROCESSES,"
-            f" JAX_PROCESS_ID, SLURM_* and OMPI_* tell of them): {error}"
-        ) from None
-
-
-def keep_compiled() -> None:
-    """Keep compiled programs for the next run, in a folder of the user alone: who can write there can run code."""
-    if os.environ.get("JAX_COMPILATION_CACHE_DIR") or os.name != "posix":
-        return
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    folder = Path(base) / "speech-emotion-trainer"
-    if not folder.is_absolute():  # nobody's home is known
-        return
-    try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        state = folder.lstat()
-    except OSError as error:
-        log.info(f"compile cache: none, {check_data.printable(str(folder))}: {error.strerror}")
-        return
-    if not stat.S_ISDIR(state.st_mode) or state.st_uid != os.getuid() or state.st_mode & 0o077:
-        log.info(f"compile cache: none, {check_data.printable(str(folder))} is not a folder of yours alone (mode 0700)")
-        return
-    jax.config.update("jax_compilation_cache_dir", str(folder))
-
-
-# --- the model ----------------------------------------------------------------------------------------------------
+# --- the model ------------------------------------------------------------------------------------------------------
 
 
 class Data(NamedTuple):
@@ -740,6 +795,9 @@ def init_member(task: Task, root: Any, member: Member) -> State:
     return State(params, nothing, nothing, zero, params, never, zero, member.fold >= 0, zero, zero, zero)
 
 
+# --- training one model: a step, an epoch, its validation -----------------------------------------------------------
+
+
 def cross_entropy(logits: Any, target: Any, weight: Any) -> Any:
     """Mean of the weighted cross-entropy; logits and target (B, C), weight (B,), 0 for padding."""
     loss = optax.softmax_cross_entropy(logits, target)
@@ -872,6 +930,9 @@ def validate(task: Task, data: Data, member: Member, params: Any) -> tuple[Any, 
     return (loss / jnp.maximum(count, 1)).sum() / present, (right / jnp.maximum(count, 1)).sum() / present
 
 
+# --- training the population ----------------------------------------------------------------------------------------
+
+
 def keep_best(task: Task, members: Member, state: State, validation_loss: Any, epoch: Any) -> State:
     """Keep the parameters of the best epoch and stop the folds that no longer improve.
 
@@ -917,7 +978,40 @@ def all_answers(task: Task, part: int, data: Data, tables: Any, members: Member,
     return jax.lax.map(of_one, (tables, members, params))
 
 
-# --- the linear part ----------------------------------------------------------------------------------------------
+def population_mesh(members: int) -> Any:
+    """The devices that share the population: as many as are busy with equal shares."""
+    devices = jax.devices()
+    share = -(-members // len(devices))
+    busy = len(devices) if jax.process_count() > 1 else -(-members // share)
+    return jax.sharding.Mesh(np.array(devices[:busy]), ("population",))
+
+
+def over_population(mesh: Any, function: Callable, stacked: int) -> Callable:
+    """Run a function whose last `stacked` arguments have the population axis, each device on its own members."""
+
+    def call(*arguments):
+        everywhere, own = jax.sharding.PartitionSpec(), jax.sharding.PartitionSpec("population")
+        specs = tuple([everywhere] * (len(arguments) - stacked) + [own] * stacked)
+        return jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=own, check_vma=False)(*arguments)
+
+    return call
+
+
+def place(mesh: Any, tree: Any, axis: str | None = None) -> Any:
+    """Put arrays on the devices: all on each, or their first axis shared among them."""
+    return jax.device_put(tree, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(axis)))
+
+
+def fetched(tree: Any) -> Any:
+    """Arrays of all devices and hosts, as numpy."""
+    if all(getattr(leaf, "is_fully_addressable", True) for leaf in jax.tree.leaves(tree)):
+        return jax.device_get(tree)
+    from jax.experimental import multihost_utils
+
+    return multihost_utils.process_allgather(tree, tiled=True)
+
+
+# --- the linear part ------------------------------------------------------------------------------------------------
 
 
 def linear_parts(task: Task, data: Data, members: Member) -> tuple[Any, Any]:
@@ -964,319 +1058,47 @@ def linear_parts(task: Task, data: Data, members: Member) -> tuple[Any, Any]:
     return jax.lax.map(of_one, members)
 
 
-# --- the run's own folder ------------------------------------------------------------------------------------------
+def add_linear(
+    dataset: Dataset, plan: Plan, members: Member, params: dict, logits: np.ndarray, linear: tuple[np.ndarray, ...]
+) -> tuple[dict, np.ndarray, list[dict]]:
+    """Put the linear parts beside the hidden layers, both with their weights in them.
 
-
-class Outcome(NamedTuple):
-    """What training with one setting gave, stacked along P, on the host."""
-
-    params: Any
-    loss: np.ndarray
-    best_epoch: np.ndarray
-    skipped: np.ndarray
-    setting: np.ndarray  # number of the setting
-
-    def better(self, other: "Outcome") -> "Outcome":
-        """Of each member, the outcome with the smaller validation loss; the members of a fold have the same."""
-        return jax.tree.map(np.asarray, _where(other.loss < self.loss, other, self))
-
-
-class Progress(NamedTuple):
-    """Where training stands between two calls; whatever is random follows from the seed and these numbers."""
-
-    setting: int  # number of the setting that is being trained
-    epoch: int  # its next one
-    state: State
-    best: Outcome | None  # of the settings before it
-    losses: list[np.ndarray]  # of each of them, (P,)
-    history: list[dict]
-
-    def arrays(self) -> dict[str, Any]:
-        """Every array by its name."""
-        leaves = jax.tree_util.tree_leaves_with_path((self.state, self.best, self.losses))
-        return {jax.tree_util.keystr(path): leaf for path, leaf in leaves}
-
-
-class Keeper:
-    """One run's hold on its folder: the lock, the state on the disk, and what happens when a signal ends the run.
-
-    The state is saved in the background after a call, in one of two files by turns, so that one of them is whole
-    at any moment. A save waits `DUTY` times as long as the last one took. SIGTERM and SIGINT are heard by a thread of
-    its own: the main one may wait minutes for a call or a compilation. Without a folder nothing is kept.
-
-    Of several processes the first writes, and the others learn from it when to save and where to go on.
+    `linear` is what linear_parts gave. Returns the parameters, the logits, shape (P, N, C), and for each fold what
+    was chosen.
     """
-
-    def __init__(self, run: Path | None = None, leads: bool = True):
-        self.run, self.leads = run, leads
-        self.identity: dict = {}
-        self._found: tuple[dict, dict] | None = None
-        self._serial, self._due = 0, 0.0
-        self._latest: Progress | None = None
-        self._submitted: Progress | None = None  # the last one whose save was begun
-        self._kept: Progress | None = None  # the one on the disk
-        self._pool, self._saving = concurrent.futures.ThreadPoolExecutor(1), None
-        self.writing = threading.Lock()  # held while the results are written: no signal ends the process then
-        self._finished = self._warned = False
-
-    # The lock and the signals
-
-    def __enter__(self) -> "Keeper":
-        self._is_new = not self.run.exists()
-        self.run.mkdir(parents=True, exist_ok=True)
-        self._lock = _locked(self.run) if self.leads else None
-        self._ear, self._mouth = socket.socketpair()
-        self._mouth.setblocking(False)
-        self._handlers = {}
-        if threading.current_thread() is threading.main_thread():
-            # The handler itself does nothing, and so keeps Python from raising KeyboardInterrupt just anywhere.
-            # What is ignored stays so: nohup ignores SIGHUP.
-            heard = [number for number in ENDING if signal.getsignal(number) != signal.SIG_IGN]
-            self._handlers = {number: signal.signal(number, lambda *_: None) for number in heard}
-            signal.set_wakeup_fd(self._mouth.fileno(), warn_on_full_buffer=False)
-            threading.Thread(target=self._listen, daemon=True).start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._handlers:
-            signal.set_wakeup_fd(-1)
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
-        self._mouth.close()
-        self._pool.shutdown()
-        if self._is_new and self.leads and [path.name for path in self.run.glob("*")] == ["lock"]:  # it came to nothing
-            (self.run / "lock").unlink()
-            self.run.rmdir()
-        if self._lock is not None:
-            os.close(self._lock)
-
-    def _listen(self) -> None:
-        while heard := self._ear.recv(1):
-            if heard[0] in self._handlers:
-                self._leave(heard[0])
-        self._ear.close()
-
-    def _leave(self, number: int) -> None:
-        """Save what is not yet on the disk and end the process: within two seconds, on a second signal at once."""
-        threading.Timer(1.8, os._exit, (128 + number,)).start()  # whatever hangs
-        self._catch_up()
-        if self._saving:
-            self._saving.add_done_callback(lambda _: self._mouth.send(b"\0"))
-            self._ear.recv(1)
-        self.writing.acquire()
-        there = "; the results are complete" if self._finished else ""
-        if self._kept and any(path.exists() for path in self._paths()):
-            there = f"; the same command goes on from {_place(self._kept)}"
-        log.error(f"ended by {signal.Signals(number).name}{there}")
-        os._exit(128 + number)
-
-    # The state
-
-    def look(self, identity: dict) -> str | None:
-        """Find the state of an unfinished run; says where it stands.
-
-        Raises
-        ------
-        check_data.UsageError
-            If it is that of another run, or if nothing of it is whole.
-        """
-        self.identity = identity
-        whole, damaged = [], []
-        for path in self._paths() if self.leads else ():
-            if os.path.lexists(path):
-                try:
-                    whole.append(_understood(*stats.read_checked_arrays(path)))
-                except stats.DataError as error:
-                    damaged.append(f"{check_data.printable(str(path))} {error.reason}")
-        if not whole and damaged:
-            raise check_data.UsageError(f"{'; '.join(damaged)}; --fresh starts over")
-        if not whole:
-            return None
-        for fault in damaged:
-            log.warning(f"state: {fault}; GOING ON FROM THE ONE BEFORE")
-        self._found = max(whole, key=lambda found: found[0]["serial"])
-        described = self._found[0]
-        self._serial = described["serial"]
-        self._refuse_others(described["identity"])
-        here = self._circumstances()
-        for name, there in described["circumstances"].items():
-            if there != here.get(name):
-                log.warning(f"state: saved with {name} {there}, and here {here.get(name)}: the last digits may differ")
-        return described["place"]
-
-    def _refuse_others(self, theirs: dict) -> None:
-        """Name the differences between an unfinished run and this one."""
-        named = [
-            f"{name} {_said(there.get(name))} there and {_said(here.get(name))} here"
-            for there, here in ((theirs["options"], self.identity["options"]), (theirs["data"], self.identity["data"]))
-            for name in dict.fromkeys([*there, *here])
-            if there.get(name) != here.get(name)
-        ]
-        if named:
-            more = [f"{len(named) - 3} more"] * (len(named) > 3)
-            run, differences = check_data.printable(str(self.run)), check_data.printable(", ".join(named[:3] + more))
-            raise check_data.UsageError(
-                f"{run} holds an unfinished run, with {differences}; finish it, choose another --out, or start over"
-                " with --fresh"
-            )
-
-    def resume(self, start: Progress) -> Progress:
-        """Where to go on: `start`, or what `look` has found, in the form of `start`."""
-        described, arrays = self._found or ({"setting": 0, "epoch": 0, "history": []}, {})
-        setting, epoch = described["setting"], described["epoch"]
-        if jax.process_count() > 1:
-            setting, epoch = map(int, _from_first(np.array([setting, epoch])))
-        if not (setting or epoch):
-            return start
-        state = fetched(start.state)
-        best = Outcome(state.best, state.best_loss, state.best_epoch, state.skipped, state.best_epoch)
-        form = start._replace(state=state, best=best if setting else None, losses=[state.best_loss] * setting)
-        leaves, tree = jax.tree.flatten((form.state, form.best, form.losses))
-        if self._found:
-            leaves = [_into(leaf, arrays.get(name), name) for (name, leaf) in form.arrays().items()]
-        state, best, losses = jax.tree.unflatten(tree, _from_first(leaves) if jax.process_count() > 1 else leaves)
-        self._found, self._kept = None, Progress(setting, epoch, state, best, losses, described["history"])
-        return self._kept
-
-    def offer(self, progress: Progress) -> None:
-        """Take note of where training stands, and save it if it is time."""
-        idle = self._saving is None or self._saving.done()
-        due = idle and time.monotonic() >= self._due and self.run is not None
-        if jax.process_count() > 1:  # all of them are needed to fetch what lies on several hosts
-            due = bool(_from_first(np.array(due)))
-            progress = progress._replace(state=fetched(progress.state)) if due else progress
-        self._latest = progress
-        if due and self.leads:
-            self._submit(progress)
-
-    def _submit(self, progress: Progress) -> None:
-        self._submitted, self._saving = progress, self._pool.submit(self._save, progress)
-
-    def _catch_up(self) -> None:
-        """Begin to save where training stands, unless that is saved or under way; several processes cannot."""
-        behind = self.run is not None and self._latest is not None and self._latest is not self._submitted
-        if behind and jax.process_count() == 1:
-            self._submit(self._latest)
-
-    def save(self) -> None:
-        """Save where training stands, and wait for it."""
-        self._catch_up()
-        self.rest()
-
-    def _save(self, progress: Progress) -> None:
-        """Write the state; whatever goes wrong is said once and ends no run."""
-        started = time.monotonic()
-        try:
-            self._write(progress)
-        except Exception as error:
-            told = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else repr(error)
-            if not self._warned:
-                log.warning(f"state: not saved, the run goes on: {check_data.printable(told)}")
-            self._warned = True
-        finally:
-            self._due = time.monotonic() + DUTY * (time.monotonic() - started)
-
-    def _write(self, progress: Progress) -> None:
-        arrays = {name: np.asarray(leaf) for name, leaf in fetched(progress.arrays()).items()}
-        described = {"serial": self._serial + 1, "identity": self.identity, "circumstances": self._circumstances()}
-        described |= {"setting": progress.setting, "epoch": progress.epoch, "history": progress.history}
-        described |= {"place": _place(progress)}
-        blobs = {self._paths()[described["serial"] % 2].name: stats.checked_arrays(described, arrays)}
-        stats.write_files(self.run, blobs | {"history.csv": stats.csv_bytes(progress.history)})
-        self._serial, self._kept = described["serial"], progress
-
-    def rest(self) -> None:
-        """Wait for a save that is under way: it writes history.csv too."""
-        if self._saving:
-            concurrent.futures.wait([self._saving])
-
-    def clear(self, finished: bool = False) -> None:
-        """Remove the state: the run is finished, or to be started over."""
-        self.rest()
-        self._found = self._latest = self._submitted = self._kept = None
-        self._finished = finished
-        for path in self._paths() if self.leads and self.run else ():
-            path.unlink(missing_ok=True)
-            path.with_name(f".{path.name}.tmp").unlink(missing_ok=True)  # of a kill in mid-save
-
-    def _paths(self) -> tuple[Path, Path]:
-        return self.run / "state-0.bin", self.run / "state-1.bin"
-
-    @staticmethod
-    def _circumstances() -> dict:
-        return _versions() | {"device": jax.devices()[0].device_kind, "devices": jax.device_count()}
+    seeds = len(logits) // (plan.folds + 1)
+    usable = np.isfinite(linear[0]).all((2, 3)) & np.isfinite(linear[1]).all(2)  # no class may vary in a small set
+    kernel, bias = (np.where(_stretched(usable, part), part, 0) for part in linear)
+    blends, sums = [], []
+    for fold in range(plan.folds + 1):
+        own = range(fold * seeds, (fold + 1) * seeds)
+        parts = np.stack([linear_logits(dataset.x, members.mean[m], members.scale[m], kernel[m], bias[m]) for m in own])
+        heard = [np.flatnonzero(plan.validation[member]) for member in own]
+        blends.append(stats.choose_blend(logits[own.start : own.stop], parts, heard, dataset.label))
+        shrinkage, a, b, temperature = blends[-1]
+        sums.append((a * logits[own.start : own.stop] + b * parts[:, shrinkage]) / temperature)
+    chosen, hidden, weight, temperature = (np.repeat(values, seeds) for values in zip(*blends))
+    hidden, weight = hidden / temperature, weight / temperature
+    every = np.arange(len(logits))
+    scaled = {
+        "Dense_1": jax.tree.map(lambda leaf: leaf * _stretched(hidden, leaf), params["Dense_1"]),
+        "linear": {
+            "kernel": kernel[every, chosen] * _stretched(weight, kernel[every, chosen]),
+            "bias": bias[every, chosen] * _stretched(weight, bias[every, chosen]),
+        },
+    }
+    told = [blend._asdict() | {"shrinkage": SHRINKAGES[blend.shrinkage]} for blend in blends]
+    return params | jax.tree.map(np.float32, scaled), np.concatenate(sums), told
 
 
-def _understood(described: dict, arrays: dict[str, np.ndarray]) -> tuple[dict, dict[str, np.ndarray]]:
-    """What a state file tells, if it is one that this program can have written.
-
-    Raises
-    ------
-    stats.DataError
-        `damaged`.
-    """
-    kinds = {"serial": int, "setting": int, "epoch": int, "history": list, "place": str, "circumstances": dict}
-    identity = described.get("identity")
-    whole = all(type(described.get(name)) is kind for name, kind in kinds.items()) and isinstance(identity, dict)
-    whole = whole and all(isinstance(identity.get(name), dict) for name in ("options", "data"))
-    if not whole or min(described["setting"], described["epoch"] - 1) < 0 or not described["history"]:
-        raise stats.DataError("damaged", "is none of this program's")
-    if any(np.isnan(array).any() for array in arrays.values()):
-        raise stats.DataError("damaged", "holds NaN")
-    return described, arrays
+def linear_logits(
+    x: np.ndarray, mean: np.ndarray, scale: np.ndarray, kernel: np.ndarray, bias: np.ndarray
+) -> np.ndarray:
+    """Logits of several linear parts on the same features: x (N, D), kernel (..., D, C), bias (..., C): (..., N, C)."""
+    return ((x - mean) / scale @ kernel + bias[..., None, :]).astype(np.float64)
 
 
-def _said(value: Any) -> str:
-    return "unset" if value is None else str(value)
-
-
-def _place(progress: Progress) -> str:
-    setting = f" of setting {progress.setting + 1}" * (progress.setting > 0)
-    return f"epoch {progress.history[-1]['epoch'] if progress.epoch else 0}{setting}"
-
-
-def _into(form: np.ndarray, saved: np.ndarray | None, name: str) -> np.ndarray:
-    """Saved rows in the form of an array of this run, which may have more to fill up its devices."""
-    if saved is None or saved.dtype != form.dtype or saved.shape[1:] != form.shape[1:]:
-        told = "is missing" if saved is None else f"has shape {saved.shape} there and {form.shape} here"
-        raise check_data.UsageError(f"the state of the unfinished run does not fit: {name} {told}; --fresh starts over")
-    rows = min(len(saved), len(form))
-    return np.concatenate([saved[:rows], form[rows:]])
-
-
-def _from_first(tree: Any) -> Any:
-    """What the first of several processes has."""
-    from jax.experimental import multihost_utils
-
-    return jax.tree.map(np.asarray, multihost_utils.broadcast_one_to_all(tree))
-
-
-def _locked(run: Path) -> int | None:
-    """Lock a folder for this process; the lock ends with it, however it ends.
-
-    Raises
-    ------
-    check_data.UsageError
-        If another run holds it.
-    """
-    if fcntl is None:
-        return None
-    lock = os.open(run / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        pid = os.read(lock, 20).decode("ascii", "replace").strip()
-        name = check_data.printable(str(run))
-        raise check_data.UsageError(f"{name} is in use by another run, process {check_data.printable(pid)}") from None
-    except OSError as error:
-        log.warning(f"lock: none here ({error.strerror}); do not start a second run on this folder")
-    with contextlib.suppress(OSError):  # on a full disk a second run cannot name this one, and that is all
-        os.truncate(lock, 0)
-        os.write(lock, f"{os.getpid()}\n".encode())
-    return lock
-
-
-# --- training -----------------------------------------------------------------------------------------------------
+# --- training from the host -----------------------------------------------------------------------------------------
 
 
 class TrainingError(Exception):
@@ -1304,147 +1126,9 @@ class Trained(NamedTuple):
         return np.array([choice["temperature"] for choice in self.choices])[plan.fold]
 
 
-def population_mesh(members: int) -> Any:
-    """The devices that share the population: as many as are busy with equal shares."""
-    devices = jax.devices()
-    share = -(-members // len(devices))
-    busy = len(devices) if jax.process_count() > 1 else -(-members // share)
-    return jax.sharding.Mesh(np.array(devices[:busy]), ("population",))
-
-
-def over_population(mesh: Any, function: Callable, stacked: int) -> Callable:
-    """Run a function whose last `stacked` arguments have the population axis, each device on its own members."""
-
-    def call(*arguments):
-        everywhere, own = jax.sharding.PartitionSpec(), jax.sharding.PartitionSpec("population")
-        specs = tuple([everywhere] * (len(arguments) - stacked) + [own] * stacked)
-        return jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=own, check_vma=False)(*arguments)
-
-    return call
-
-
-def place(mesh: Any, tree: Any, axis: str | None = None) -> Any:
-    """Put arrays on the devices: all on each, or their first axis shared among them."""
-    return jax.device_put(tree, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(axis)))
-
-
-def fetched(tree: Any) -> Any:
-    """Arrays of all devices and hosts, as numpy."""
-    if all(getattr(leaf, "is_fully_addressable", True) for leaf in jax.tree.leaves(tree)):
-        return jax.device_get(tree)
-    from jax.experimental import multihost_utils
-
-    return multihost_utils.process_allgather(tree, tiled=True)
-
-
-def strata(chosen: np.ndarray, dataset: Dataset, batch: int) -> np.ndarray:
-    """Lay utterances out as a table (batch, steps) whose rows hold those of about the same length and class.
-
-    A batch that takes one utterance of each row is filled about as well as every other: the sums of the shortest
-    and of the longest choice differ by no more than the longest and the shortest utterance.
-    """
-    steps = -(-len(chosen) // batch)
-    table = np.full(batch * steps, -1, np.int32)
-    table[: len(chosen)] = chosen[np.lexsort((dataset.label[chosen], dataset.length[chosen]))]
-    return table.reshape(batch, steps)
-
-
-def _tables(masks: np.ndarray, dataset: Dataset, batch: int) -> np.ndarray:
-    """Tables (P, batch, steps) of the utterances that each of the masks (P, N) chooses."""
-    tables = [strata(np.flatnonzero(mask), dataset, batch) for mask in masks]
-    steps = max(table.shape[1] for table in tables)
-    return np.stack([np.pad(table, ((0, 0), (0, steps - table.shape[1])), constant_values=-1) for table in tables])
-
-
-def test_tables(dataset: Dataset, plan: Plan, members: Member) -> np.ndarray:
-    """Tables (P, batch, steps) of the utterances that each member is tested on; none for the final model."""
-    tested = [plan.fold == fold if 0 <= fold < plan.folds else np.zeros(len(plan.fold), bool) for fold in members.fold]
-    return _tables(np.array(tested), dataset, members.train.shape[1])
-
-
-def _fullest(tables: np.ndarray, frames: Frames | None) -> int:
-    """Chunks in the fullest batch that any of the tables can give."""
-    if frames is None:
-        return 0
-    return int(np.where(tables >= 0, frames.count[tables], 0).max(-1).sum(-1).max())
-
-
-def batch_size(plan: Plan, config: Config) -> int:
-    return min(config.batch, max(int(plan.train.sum(1).max()) // STEPS_AN_EPOCH, 2))
-
-
-def stack_members(dataset: Dataset, plan: Plan, stored: stats.Stored, config: Config, rows: int) -> Member:
-    """All members; `rows` of them, the last ones of which may only fill up the devices."""
-    batch, members = batch_size(plan, config), len(plan.train)
-    member = Member(
-        np.arange(members, dtype=np.int32),
-        np.arange(members, dtype=np.int32) // config.seeds,
-        _tables(plan.train, dataset, batch),
-        _tables(plan.validation, dataset, batch),
-        *member_statistics(dataset, plan, stored),
-        class_weights(dataset.label, plan.train, len(dataset.classes)),
-        Setting.stack([Setting.of(config)] * members),
-    )
-    padded = jax.tree.map(lambda leaf: np.concatenate([leaf, leaf[-1:].repeat(rows - members, 0)]), member)
-    padded.fold[members:] = -1
-    return padded
-
-
-def sweep_settings(config: Config) -> list[Setting]:
-    """The settings to try: the config's own, or all combinations of the grid."""
-    if not config.sweep:
-        return [Setting.of(config)]
-    grid = [Setting(*values) for values in itertools.product(*(SWEEP[name] for name in Setting._fields))]
-    return [setting._replace(width=max(1, round(config.width * setting.width))) for setting in grid]
-
-
-def device_data(dataset: Dataset) -> Data:
-    nothing = np.zeros(len(dataset.label), np.int32)
-    frames = dataset.frames or Frames(np.zeros((1, 1, 1), np.float32), np.zeros(1, np.float32), nothing, nothing)
-    length, first, count = (array.astype(np.int32) for array in (dataset.length, frames.first, frames.count))
-    return Data(dataset.x, dataset.label, length, frames.chunks, frames.centre, first, count)
-
-
-def make_task(dataset: Dataset, tables: tuple[np.ndarray, ...], config: Config) -> Task:
-    """Fix the shapes of a run; the first of the tables (P, batch, steps) is the one that is trained on.
-
-    An epoch has as many batches as the median member needs: with as many as the final model needs, which trains on
-    more, every fold would compute padding.
-    """
-    classes = len(dataset.classes)
-    capacity = max(_fullest(table, dataset.frames) for table in tables)
-    steps = int(np.median((tables[0] >= 0).any(-2).sum(-1)))
-    network = build_network(config.width, classes, config.precision)
-    return Task(config, network, classes, capacity, steps, mix if config.mixup or config.sweep else unmixed)
-
-
-def padding_share(dataset: Dataset, table: np.ndarray, task: Task) -> float:
-    """Share of the frames computed in an epoch that are padding; `table` is (P, batch, steps)."""
-    rows = (table >= 0).sum(-1)  # (P, batch)
-    length = np.where(table >= 0, dataset.length[table], 0).sum(-1) / np.maximum(rows, 1)
-    real = (length * np.minimum(rows, task.steps)).sum()
-    return 1 - float(real) / (len(table) * task.steps * task.capacity * dataset.frames.chunks.shape[1])
-
-
-class Setup(NamedTuple):
-    """A run as the program wants it; `everything` is a table, (B, steps), that holds each utterance once."""
-
-    task: Task
-    mesh: Any
-    data: Data
-    members: Member  # on the host; the last ones may only fill up the devices
-    everything: np.ndarray
-
-
-def set_up(dataset: Dataset, plan: Plan, stored: stats.Stored, config: Config) -> Setup:
-    mesh = population_mesh(len(plan.train))
-    members = stack_members(dataset, plan, stored, config, -(-len(plan.train) // mesh.size) * mesh.size)
-    everything = _tables(np.ones((1, len(dataset.label)), bool), dataset, members.train.shape[1])[0]
-    task = make_task(dataset, (members.train, members.validation, everything), config)
-    return Setup(task, mesh, place(mesh, device_data(dataset)), members, everything)
-
-
-def train(dataset: Dataset, plan: Plan, stored: stats.Stored, config: Config, keeper: Keeper | None = None) -> Trained:
+def train(
+    dataset: Dataset, plan: Plan, stored: stats.Stored, config: Config, keeper: "Keeper | None" = None
+) -> Trained:
     """Train every fold and the final model together, with each of the settings, and solve their linear parts.
 
     `keeper` tells where to go on, and keeps the state.
@@ -1489,20 +1173,145 @@ def train(dataset: Dataset, plan: Plan, stored: stats.Stored, config: Config, ke
     )
 
 
-def sweep_table(settings: list[Setting], losses: np.ndarray, chosen: np.ndarray) -> list[dict]:
-    """A row for each setting, the best first: its mean validation loss, and how many of the folds chose it.
+class Setup(NamedTuple):
+    """A run as the program wants it; `everything` is a table, (B, steps), that holds each utterance once."""
 
-    `losses` has shape (settings, K + 1) and `chosen` (K + 1,); the final model, which is the last, does not count.
+    task: Task
+    mesh: Any
+    data: Data
+    members: Member  # on the host; the last ones may only fill up the devices
+    everything: np.ndarray
+
+
+def set_up(dataset: Dataset, plan: Plan, stored: stats.Stored, config: Config) -> Setup:
+    mesh = population_mesh(len(plan.train))
+    members = stack_members(dataset, plan, stored, config, -(-len(plan.train) // mesh.size) * mesh.size)
+    everything = _tables(np.ones((1, len(dataset.label)), bool), dataset, members.train.shape[1])[0]
+    task = make_task(dataset, (members.train, members.validation, everything), config)
+    return Setup(task, mesh, place(mesh, device_data(dataset)), members, everything)
+
+
+def make_task(dataset: Dataset, tables: tuple[np.ndarray, ...], config: Config) -> Task:
+    """Fix the shapes of a run; the first of the tables (P, batch, steps) is the one that is trained on.
+
+    An epoch has as many batches as the median member needs: with as many as the final model needs, which trains on
+    more, every fold would compute padding.
     """
-    rows = [
-        setting._asdict() | {"validation_loss": float(loss[:-1].mean()), "folds": int((chosen[:-1] == number).sum())}
-        for number, (setting, loss) in enumerate(zip(settings, losses))
-    ]
-    return sorted(rows, key=lambda row: row["validation_loss"])
+    classes = len(dataset.classes)
+    capacity = max(_fullest(table, dataset.frames) for table in tables)
+    steps = int(np.median((tables[0] >= 0).any(-2).sum(-1)))
+    network = build_network(config.width, classes, config.precision)
+    return Task(config, network, classes, capacity, steps, mix if config.mixup or config.sweep else unmixed)
+
+
+def batch_size(plan: Plan, config: Config) -> int:
+    return min(config.batch, max(int(plan.train.sum(1).max()) // STEPS_AN_EPOCH, 2))
+
+
+def stack_members(dataset: Dataset, plan: Plan, stored: stats.Stored, config: Config, rows: int) -> Member:
+    """All members; `rows` of them, the last ones of which may only fill up the devices."""
+    batch, members = batch_size(plan, config), len(plan.train)
+    member = Member(
+        np.arange(members, dtype=np.int32),
+        np.arange(members, dtype=np.int32) // config.seeds,
+        _tables(plan.train, dataset, batch),
+        _tables(plan.validation, dataset, batch),
+        *member_statistics(dataset, plan, stored),
+        class_weights(dataset.label, plan.train, len(dataset.classes)),
+        Setting.stack([Setting.of(config)] * members),
+    )
+    padded = jax.tree.map(lambda leaf: np.concatenate([leaf, leaf[-1:].repeat(rows - members, 0)]), member)
+    padded.fold[members:] = -1
+    return padded
+
+
+def sweep_settings(config: Config) -> list[Setting]:
+    """The settings to try: the config's own, or all combinations of the grid."""
+    if not config.sweep:
+        return [Setting.of(config)]
+    grid = [Setting(*values) for values in itertools.product(*(SWEEP[name] for name in Setting._fields))]
+    return [setting._replace(width=max(1, round(config.width * setting.width))) for setting in grid]
+
+
+def strata(chosen: np.ndarray, dataset: Dataset, batch: int) -> np.ndarray:
+    """Lay utterances out as a table (batch, steps) whose rows hold those of about the same length and class.
+
+    A batch that takes one utterance of each row is filled about as well as every other: the sums of the shortest
+    and of the longest choice differ by no more than the longest and the shortest utterance.
+    """
+    steps = -(-len(chosen) // batch)
+    table = np.full(batch * steps, -1, np.int32)
+    table[: len(chosen)] = chosen[np.lexsort((dataset.label[chosen], dataset.length[chosen]))]
+    return table.reshape(batch, steps)
+
+
+def _tables(masks: np.ndarray, dataset: Dataset, batch: int) -> np.ndarray:
+    """Tables (P, batch, steps) of the utterances that each of the masks (P, N) chooses."""
+    tables = [strata(np.flatnonzero(mask), dataset, batch) for mask in masks]
+    steps = max(table.shape[1] for table in tables)
+    return np.stack([np.pad(table, ((0, 0), (0, steps - table.shape[1])), constant_values=-1) for table in tables])
+
+
+def test_tables(dataset: Dataset, plan: Plan, members: Member) -> np.ndarray:
+    """Tables (P, batch, steps) of the utterances that each member is tested on; none for the final model."""
+    tested = [plan.fold == fold if 0 <= fold < plan.folds else np.zeros(len(plan.fold), bool) for fold in members.fold]
+    return _tables(np.array(tested), dataset, members.train.shape[1])
+
+
+def _fullest(tables: np.ndarray, frames: Frames | None) -> int:
+    """Chunks in the fullest batch that any of the tables can give."""
+    if frames is None:
+        return 0
+    return int(np.where(tables >= 0, frames.count[tables], 0).max(-1).sum(-1).max())
+
+
+def padding_share(dataset: Dataset, table: np.ndarray, task: Task) -> float:
+    """Share of the frames computed in an epoch that are padding; `table` is (P, batch, steps)."""
+    rows = (table >= 0).sum(-1)  # (P, batch)
+    length = np.where(table >= 0, dataset.length[table], 0).sum(-1) / np.maximum(rows, 1)
+    real = (length * np.minimum(rows, task.steps)).sum()
+    return 1 - float(real) / (len(table) * task.steps * task.capacity * dataset.frames.chunks.shape[1])
+
+
+def device_data(dataset: Dataset) -> Data:
+    nothing = np.zeros(len(dataset.label), np.int32)
+    frames = dataset.frames or Frames(np.zeros((1, 1, 1), np.float32), np.zeros(1, np.float32), nothing, nothing)
+    length, first, count = (array.astype(np.int32) for array in (dataset.length, frames.first, frames.count))
+    return Data(dataset.x, dataset.label, length, frames.chunks, frames.centre, first, count)
+
+
+class Outcome(NamedTuple):
+    """What training with one setting gave, stacked along P, on the host."""
+
+    params: Any
+    loss: np.ndarray
+    best_epoch: np.ndarray
+    skipped: np.ndarray
+    setting: np.ndarray  # number of the setting
+
+    def better(self, other: "Outcome") -> "Outcome":
+        """Of each member, the outcome with the smaller validation loss; the members of a fold have the same."""
+        return jax.tree.map(np.asarray, _where(other.loss < self.loss, other, self))
+
+
+class Progress(NamedTuple):
+    """Where training stands between two calls; whatever is random follows from the seed and these numbers."""
+
+    setting: int  # number of the setting that is being trained
+    epoch: int  # its next one
+    state: State
+    best: Outcome | None  # of the settings before it
+    losses: list[np.ndarray]  # of each of them, (P,)
+    history: list[dict]
+
+    def arrays(self) -> dict[str, Any]:
+        """Every array by its name."""
+        leaves = jax.tree_util.tree_leaves_with_path((self.state, self.best, self.losses))
+        return {jax.tree_util.keystr(path): leaf for path, leaf in leaves}
 
 
 def train_population(
-    task: Task, mesh: Any, data: Data, members: Member, folds: int, keeper: Keeper
+    task: Task, mesh: Any, data: Data, members: Member, folds: int, keeper: "Keeper"
 ) -> tuple[Outcome, np.ndarray, list[dict]]:
     """Train the population with every setting of the sweep, one after the other by the same compiled program.
 
@@ -1536,16 +1345,8 @@ def train_population(
         progress = start(progress.setting + 1, best, losses, progress.history)
 
 
-def _with_outcome(progress: Progress) -> tuple[Outcome, list[np.ndarray]]:
-    """Best outcomes and losses with those of the setting that is now trained."""
-    state = progress.state
-    found = fetched((state.best, state.best_loss, state.best_epoch, state.skipped))
-    outcome = Outcome(*found, np.full(len(found[1]), progress.setting, np.int32))
-    return (progress.best.better(outcome) if progress.best else outcome), [*progress.losses, outcome.loss]
-
-
 def _train_setting(
-    program: Callable, config: Config, data: Data, members: Member, progress: Progress, folds: int, keeper: Keeper
+    program: Callable, config: Config, data: Data, members: Member, progress: Progress, folds: int, keeper: "Keeper"
 ) -> Progress:
     """Train with one setting to its end, from where `progress` stands."""
     started, first = time.perf_counter(), progress.epoch
@@ -1564,6 +1365,26 @@ def _train_setting(
     return progress
 
 
+def _with_outcome(progress: Progress) -> tuple[Outcome, list[np.ndarray]]:
+    """Best outcomes and losses with those of the setting that is now trained."""
+    state = progress.state
+    found = fetched((state.best, state.best_loss, state.best_epoch, state.skipped))
+    outcome = Outcome(*found, np.full(len(found[1]), progress.setting, np.int32))
+    return (progress.best.better(outcome) if progress.best else outcome), [*progress.losses, outcome.loss]
+
+
+def sweep_table(settings: list[Setting], losses: np.ndarray, chosen: np.ndarray) -> list[dict]:
+    """A row for each setting, the best first: its mean validation loss, and how many of the folds chose it.
+
+    `losses` has shape (settings, K + 1) and `chosen` (K + 1,); the final model, which is the last, does not count.
+    """
+    rows = [
+        setting._asdict() | {"validation_loss": float(loss[:-1].mean()), "folds": int((chosen[:-1] == number).sum())}
+        for number, (setting, loss) in enumerate(zip(settings, losses))
+    ]
+    return sorted(rows, key=lambda row: row["validation_loss"])
+
+
 def compute_logits(task: Task, mesh: Any, data: Data, table: np.ndarray, members: Member, params: Any) -> np.ndarray:
     """Logits of every member for all utterances, (P, N, C); `table` holds each utterance once."""
     tables = np.broadcast_to(table, (len(members.fold), *table.shape))
@@ -1573,13 +1394,6 @@ def compute_logits(task: Task, mesh: Any, data: Data, table: np.ndarray, members
     if not np.isfinite(logits).all():
         raise TrainingError("the features of an utterance overflow the network; look at them with check_data.py")
     return logits
-
-
-def _answers(
-    task: Task, mesh: Any, part: int, data: Data, tables: np.ndarray, members: Member, params: Any
-) -> np.ndarray:
-    answer = jax.jit(over_population(mesh, functools.partial(all_answers, task, part), 3))
-    return fetched(answer(data, *place(mesh, (tables, members, params), "population")))
 
 
 def compute_embedding(
@@ -1593,90 +1407,11 @@ def compute_embedding(
     return rows.reshape(len(np.unique(np.concatenate(places))), -1)
 
 
-class Blend(NamedTuple):
-    """How much hidden layer and linear part weigh in a fold, and which shrinkage the linear part has.
-
-    The logits are those weighted parts over `temperature`, which calibrates them.
-    """
-
-    shrinkage: int
-    hidden: float
-    linear: float
-    temperature: float
-
-
-def choose_blend(hidden: np.ndarray, linear: np.ndarray, heard: list[np.ndarray], label: np.ndarray) -> Blend:
-    """Weigh the two parts by the validation utterances of the seeds of a fold.
-
-    Each part gets the weight at which it alone is as sure of itself as it may be, so that one that knows nothing
-    weighs nothing, and weighs the more the smaller its loss is; then the sum gets its weight. The best weights of the
-    two together would be those of one seed, and the seeds differ more in the hidden layer, which gains more from
-    their mean.
-
-    Parameters
-    ----------
-    hidden, linear
-        Logits of the seeds, shapes (S, N, C) and (S, shrinkages, N, C).
-    heard
-        The validation utterances of each seed.
-    label
-        Shape (N,).
-    """
-
-    def best(logits, weights):
-        losses = [
-            np.mean([stats.balanced_cross_entropy(weight * own[k], label[k]) for own, k in zip(logits, heard)])
-            for weight in weights
-        ]
-        return min(losses), weights[int(np.argmin(losses))]
-
-    found = [best(linear[:, number], (0.0, *WEIGHTS)) for number in range(len(SHRINKAGES))]
-    shrinkage = min(range(len(found)), key=lambda number: found[number][0])
-    (hidden_loss, a), (linear_loss, b) = best(hidden, (0.0, *WEIGHTS)), found[shrinkage]
-    share = 1 / (1 + (hidden_loss / max(linear_loss, 1e-9)) ** TRUST)
-    a, b = 2 * share * a, 2 * (1 - share) * b
-    both = best(a * hidden + b * linear[:, shrinkage], WEIGHTS)[1]
-    return Blend(shrinkage, a, b, 1 / both)
-
-
-def add_linear(
-    dataset: Dataset, plan: Plan, members: Member, params: dict, logits: np.ndarray, linear: tuple[np.ndarray, ...]
-) -> tuple[dict, np.ndarray, list[dict]]:
-    """Put the linear parts beside the hidden layers, both with their weights in them.
-
-    `linear` is what linear_parts gave. Returns the parameters, the logits, shape (P, N, C), and for each fold what
-    was chosen.
-    """
-    seeds = len(logits) // (plan.folds + 1)
-    usable = np.isfinite(linear[0]).all((2, 3)) & np.isfinite(linear[1]).all(2)  # no class may vary in a small set
-    kernel, bias = (np.where(_stretched(usable, part), part, 0) for part in linear)
-    blends, sums = [], []
-    for fold in range(plan.folds + 1):
-        own = range(fold * seeds, (fold + 1) * seeds)
-        parts = np.stack([linear_logits(dataset.x, members.mean[m], members.scale[m], kernel[m], bias[m]) for m in own])
-        heard = [np.flatnonzero(plan.validation[member]) for member in own]
-        blends.append(choose_blend(logits[own.start : own.stop], parts, heard, dataset.label))
-        shrinkage, a, b, temperature = blends[-1]
-        sums.append((a * logits[own.start : own.stop] + b * parts[:, shrinkage]) / temperature)
-    chosen, hidden, weight, temperature = (np.repeat(values, seeds) for values in zip(*blends))
-    hidden, weight = hidden / temperature, weight / temperature
-    every = np.arange(len(logits))
-    scaled = {
-        "Dense_1": jax.tree.map(lambda leaf: leaf * _stretched(hidden, leaf), params["Dense_1"]),
-        "linear": {
-            "kernel": kernel[every, chosen] * _stretched(weight, kernel[every, chosen]),
-            "bias": bias[every, chosen] * _stretched(weight, bias[every, chosen]),
-        },
-    }
-    told = [blend._asdict() | {"shrinkage": SHRINKAGES[blend.shrinkage]} for blend in blends]
-    return params | jax.tree.map(np.float32, scaled), np.concatenate(sums), told
-
-
-def linear_logits(
-    x: np.ndarray, mean: np.ndarray, scale: np.ndarray, kernel: np.ndarray, bias: np.ndarray
+def _answers(
+    task: Task, mesh: Any, part: int, data: Data, tables: np.ndarray, members: Member, params: Any
 ) -> np.ndarray:
-    """Logits of several linear parts on the same features: x (N, D), kernel (..., D, C), bias (..., C): (..., N, C)."""
-    return ((x - mean) / scale @ kernel + bias[..., None, :]).astype(np.float64)
+    answer = jax.jit(over_population(mesh, functools.partial(all_answers, task, part), 3))
+    return fetched(answer(data, *place(mesh, (tables, members, params), "population")))
 
 
 def _member_name(member: int, folds: int, seeds: int) -> str:
@@ -1716,7 +1451,7 @@ def _say_progress(rows: list[dict], active: int, population: int, epochs: int, p
     )
 
 
-# --- evaluation ---------------------------------------------------------------------------------------------------
+# --- evaluation -----------------------------------------------------------------------------------------------------
 
 
 def evaluate(dataset: Dataset, plan: Plan, trained: Trained, supplied: bool, config: Config) -> tuple[dict, np.ndarray]:
@@ -1754,6 +1489,7 @@ def evaluate(dataset: Dataset, plan: Plan, trained: Trained, supplied: bool, con
         * supplied,
     }
     metrics |= _closer_look(dataset, probability) | {"curves": _curves(trained, config)}
+    metrics |= {"sweep": trained.sweep} if trained.sweep else {}
     metrics["ece_uncalibrated"] = stats.expected_calibration_error(stats.probabilities(before), label)
     return metrics, probability
 
@@ -1840,11 +1576,63 @@ def _plain(scores: dict[str, np.ndarray]) -> dict[str, float]:
     return {name: float(value) for name, value in scores.items()}
 
 
-def _names(plan: Plan, mask: np.ndarray) -> list[str]:
-    return np.unique(plan.speaker[mask]).tolist()
+# --- artifacts ------------------------------------------------------------------------------------------------------
 
 
-# --- artifacts ----------------------------------------------------------------------------------------------------
+def save_run(
+    run: Path,
+    scan: check_data.Scan,
+    dataset: Dataset,
+    plan: Plan,
+    trained: Trained,
+    stored: stats.Stored,
+    metrics: dict,
+    probability: np.ndarray,
+    config: Config,
+) -> None:
+    """Write every artifact of a run; all are on the disk before the first replaces an older one."""
+    final = jax.tree.map(lambda leaf: leaf[plan.folds * config.seeds :], trained.params)
+    described = {
+        "format": 3,
+        "classes": list(dataset.classes),
+        "dim": scan.dim,
+        "pooling": config.pooling if dataset.frames is not None else "mean",
+        "cuts_vectors": scan.cuts_vectors,
+        "temperature": trained.choices[-1]["temperature"],
+        "likeness": float(stats.rank_correlation(dataset.x, stored.statistics.mean).min()),
+        "speakers": sorted({utterance.speaker for utterance in dataset.utterances} - {None}),
+        "data": str(scan.directory.resolve()),
+        "options": dataclasses.asdict(config),
+    }
+    confusion = [
+        {"label": name} | dict(zip(dataset.classes, counts))
+        for name, counts in zip(dataset.classes, metrics["confusion"])
+    ]
+    artifacts = {
+        "config.json": stats.json_bytes(described),
+        "history.csv": stats.csv_bytes(trained.history),
+        "predictions.csv": stats.csv_bytes(prediction_rows(dataset, plan, probability)),
+        "confusion.csv": stats.csv_bytes(confusion),
+        "skipped.csv": stats.csv_bytes([finding._asdict() for finding in scan.findings], check_data.Finding._fields),
+        stats.MEAN_FILE: stats.npy_bytes(stored.statistics.mean),
+        stats.STD_FILE: stats.npy_bytes(stored.statistics.std),
+        "fusion.npz": fusion_bytes(
+            [utterance.file for utterance in dataset.utterances],
+            dataset.classes,
+            trained.logits[plan.fold, np.arange(len(plan.fold))],
+            trained.temperature(plan),
+            trained.embedding,
+            (stored.statistics.mean, stored.statistics.scale()),
+            fold=plan.fold + 1,
+            label=dataset.label,
+            speaker=[utterance.speaker or "" for utterance in dataset.utterances],
+        ),
+        "model.npz": model_bytes(final, stored.statistics),
+        "report.html": report_html(metrics, run),
+        "metrics.json": stats.json_bytes(metrics),
+    }
+    run.mkdir(parents=True, exist_ok=True)  # somebody may have moved it away meanwhile
+    stats.write_files(run, artifacts)
 
 
 def flatten(params: Any, path: str = "params") -> dict[str, np.ndarray]:
@@ -1914,63 +1702,7 @@ def _predicted(classes: tuple[str, ...], probability: np.ndarray) -> dict:
     }
 
 
-def save_run(
-    run: Path,
-    scan: check_data.Scan,
-    dataset: Dataset,
-    plan: Plan,
-    trained: Trained,
-    stored: stats.Stored,
-    metrics: dict,
-    probability: np.ndarray,
-    config: Config,
-) -> None:
-    """Write every artifact of a run; all are on the disk before the first replaces an older one."""
-    final = jax.tree.map(lambda leaf: leaf[plan.folds * config.seeds :], trained.params)
-    described = {
-        "format": 3,
-        "classes": list(dataset.classes),
-        "dim": scan.dim,
-        "pooling": config.pooling if dataset.frames is not None else "mean",
-        "cuts_vectors": scan.cuts_vectors,
-        "temperature": trained.choices[-1]["temperature"],
-        "likeness": float(stats.rank_correlation(dataset.x, stored.statistics.mean).min()),
-        "speakers": sorted({utterance.speaker for utterance in dataset.utterances} - {None}),
-        "data": str(scan.directory.resolve()),
-        "options": dataclasses.asdict(config),
-    }
-    confusion = [
-        {"label": name} | dict(zip(dataset.classes, counts))
-        for name, counts in zip(dataset.classes, metrics["confusion"])
-    ]
-    artifacts = {
-        "config.json": stats.json_bytes(described),
-        "history.csv": stats.csv_bytes(trained.history),
-        "predictions.csv": stats.csv_bytes(prediction_rows(dataset, plan, probability)),
-        "confusion.csv": stats.csv_bytes(confusion),
-        "skipped.csv": stats.csv_bytes([finding._asdict() for finding in scan.findings], check_data.Finding._fields),
-        stats.MEAN_FILE: stats.npy_bytes(stored.statistics.mean),
-        stats.STD_FILE: stats.npy_bytes(stored.statistics.std),
-        "fusion.npz": fusion_bytes(
-            [utterance.file for utterance in dataset.utterances],
-            dataset.classes,
-            trained.logits[plan.fold, np.arange(len(plan.fold))],
-            trained.temperature(plan),
-            trained.embedding,
-            (stored.statistics.mean, stored.statistics.scale()),
-            fold=plan.fold + 1,
-            label=dataset.label,
-            speaker=[utterance.speaker or "" for utterance in dataset.utterances],
-        ),
-        "model.npz": model_bytes(final, stored.statistics),
-        "report.html": report_html(metrics, run),
-        "metrics.json": stats.json_bytes(metrics),
-    }
-    run.mkdir(parents=True, exist_ok=True)  # somebody may have moved it away meanwhile
-    stats.write_files(run, artifacts)
-
-
-# --- the report ---------------------------------------------------------------------------------------------------
+# --- the report -----------------------------------------------------------------------------------------------------
 
 
 PAGE = """<!DOCTYPE html>
@@ -2033,6 +1765,8 @@ def draw_report(console: Console, metrics: dict, run: Path) -> None:
     console.print(_reliability_table(metrics, bar))
     if metrics["confident_mistakes"]:
         console.print(_mistake_table(metrics["confident_mistakes"]))
+    if metrics["left_out"]:
+        console.print(_left_out_table(metrics))
     for title, lines in (("the run", _run_lines(metrics)), ("model card", _card_lines(metrics))):
         say(f"{title}\n", style="bold")
         console.print(_grid(lines), "")
@@ -2142,12 +1876,19 @@ def _mistake_table(mistakes: list[dict]) -> Table:
     return table
 
 
+def _left_out_table(metrics: dict) -> Table:
+    table = _table("files that were left out, and the first of each kind", ["code"], ["n"], "")
+    for code, count in metrics["left_out"].items():
+        first = metrics["left_out_first"][code]
+        table.add_row(code, str(count), check_data.printable(f"{first['file']}: {first['reason']}"))
+    return table
+
+
 def _run_lines(metrics: dict) -> Iterator[tuple[str, str]]:
     recalls = " ".join(f"{fold['ua']:.3f}" for fold in metrics["folds"][:SHOWN])
     yield "UA of the folds", recalls + " ..." * (len(metrics["folds"]) > SHOWN)
-    reasons = ", ".join(f"{code} {count}" for code, count in metrics["left_out"].items())
-    why = f": {reasons}; skipped.csv names them" if reasons else ""
-    yield "left out", f"{sum(metrics['left_out'].values())} files{why}"
+    left_out = sum(metrics["left_out"].values())
+    yield "left out", f"{left_out} file{'s' * (left_out != 1)}" + "; skipped.csv names them" * bool(left_out)
     for note in metrics["notes"]:
         yield "note", note
     yield "command", metrics["command"]
@@ -2172,102 +1913,229 @@ def _card_lines(metrics: dict) -> Iterator[tuple[str, str]]:
     yield "not tested", "other languages, microphones and rooms"
 
 
-# --- the program --------------------------------------------------------------------------------------------------
+# --- the run's own folder: lock, state, signals ---------------------------------------------------------------------
 
 
-def _scan_progress() -> Callable[[int], None]:
-    last = time.monotonic()
+class Keeper:
+    """One run's hold on its folder: the lock, the state on the disk, and what happens when a signal ends the run.
 
-    def progress(files: int) -> None:
-        nonlocal last
-        if time.monotonic() - last > 2:
-            last = time.monotonic()
-            log.info(f"read {files} files")
+    The state is saved in the background after a call, in one of two files by turns, so that one of them is whole
+    at any moment. A save waits `DUTY` times as long as the last one took. SIGTERM and SIGINT are heard by a thread of
+    its own: the main one may wait minutes for a call or a compilation. Without a folder nothing is kept.
 
-    return progress
+    Of several processes the first writes, and the others learn from it when to save and where to go on.
+    """
 
+    def __init__(self, run: Path | None = None, leads: bool = True):
+        self.run, self.leads = run, leads
+        self.identity: dict = {}
+        self._found: tuple[dict, dict] | None = None
+        self._serial, self._due = 0, 0.0
+        self._latest: Progress | None = None
+        self._submitted: Progress | None = None  # the last one whose save was begun
+        self._kept: Progress | None = None  # the one on the disk
+        self._pool, self._saving = concurrent.futures.ThreadPoolExecutor(1), None
+        self._writing = threading.Lock()  # held while the results are written: no signal ends the process then
+        self._finished = self._warned = False
 
-def _statistics(scan: check_data.Scan, dataset: Dataset, run: Path, config: Config) -> tuple[stats.Stored, Path | None]:
-    """The statistics in DIR, or new ones over all data, and where to save those for future use."""
-    stored, place = scan.stored, None
-    if stored and stored.supplied:
-        if config.recompute_stats:
-            raise check_data.UsageError(f"{stats.MEAN_FILE} and {stats.STD_FILE} in DIR are yours: move them away")
-        log.info(f"statistics: yours, from {stats.MEAN_FILE} and {stats.STD_FILE} in DIR; they apply everywhere")
-    elif stored and not config.recompute_stats and not scan.statistics_are_stale:
-        log.info("statistics: the final model has those saved in DIR, every fold those of its own training speakers")
-    else:
-        stale = scan.statistics_are_stale and not config.recompute_stats
-        stored = stats.Stored(dataset.moments.merged().statistics(), False, scan.fingerprint)
-        if stale:
-            log.info("statistics: THOSE IN DIR WERE COMPUTED FOR OTHER FILES AND ARE NOT USED;")
-            log.info("            --recompute-stats renews them there, this run saves its own with its results")
-        else:
-            place = scan.directory if os.access(scan.directory, os.W_OK) else run
-            log.info(f"statistics: computed and saved in {check_data.printable(str(place))} for the final model;")
-            log.info("            every fold has those of its own training speakers")
-    constant = np.flatnonzero(stored.statistics.constant())
-    if constant.size:
-        named = ", ".join(map(str, constant[:10])) + " ..." * (constant.size > 10)
-        log.info(f"statistics: {constant.size} dimensions do not vary and are not scaled: {named}")
-    return stored, place
+    # The lock and the signals
 
+    def __enter__(self) -> "Keeper":
+        self._is_new = not self.run.exists()
+        self.run.mkdir(parents=True, exist_ok=True)
+        self._lock = _locked(self.run) if self.leads else None
+        self._ear, self._mouth = socket.socketpair()
+        self._mouth.setblocking(False)
+        self._handlers = {}
+        if threading.current_thread() is threading.main_thread():
+            # The handler itself does nothing, and so keeps Python from raising KeyboardInterrupt just anywhere.
+            # What is ignored stays so: nohup ignores SIGHUP.
+            heard = [number for number in ENDING if signal.getsignal(number) != signal.SIG_IGN]
+            self._handlers = {number: signal.signal(number, lambda *_: None) for number in heard}
+            signal.set_wakeup_fd(self._mouth.fileno(), warn_on_full_buffer=False)
+            threading.Thread(target=self._listen, daemon=True).start()
+        return self
 
-def _say_plan(plan: Plan, seeds: int) -> None:
-    log.info(f"folds: {plan.scheme}, {plan.folds} of them and the final model, {seeds} seeds each")
-    if plan.independent:
-        for fold in range(plan.folds):
-            tested = _names(plan, plan.fold == fold)
-            shown = " ".join(tested[:6]) + f" ... ({len(tested)})" * (len(tested) > 6)
-            log.info(f"  fold {fold + 1} tests {check_data.printable(shown)}")
-        if check_disjoint(plan):
-            log.info("  no speaker is in more than one of training, validation and test: checked")
-    for note in plan.notes:
-        log.info(f"note: {note}")
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        if error is not None:
+            self.save()
+        if self._handlers:
+            signal.set_wakeup_fd(-1)
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        self._mouth.close()
+        self._pool.shutdown()
+        if self._is_new and self.leads and [path.name for path in self.run.glob("*")] == ["lock"]:  # it came to nothing
+            (self.run / "lock").unlink()
+            self.run.rmdir()
+        if self._lock is not None:
+            os.close(self._lock)
 
+    def _listen(self) -> None:
+        while heard := self._ear.recv(1):
+            if heard[0] in self._handlers:
+                self._leave(heard[0])
+        self._ear.close()
 
-def run_training(config: Config) -> int:
-    run = Path(config.out or Path("runs") / (Path(config.directory).resolve().name or "data"))
-    _refuse_foreign(run, check_data.folder(config.directory))
-    # Held back until the data are found good: a run that cannot start must not replace the log of one that could.
-    held = logging.handlers.MemoryHandler(1 << 30, flushLevel=logging.CRITICAL, flushOnClose=False)
-    log.addHandler(held)
-    try:
-        with Keeper(run, _process_number() == 0) as keeper:
-            metrics = _scan_train_score(config, keeper, held)
-        for file in (held.target.stream, sys.stdout) if metrics else ():
-            file.write(report_text(metrics, run, file))
-    finally:
-        log.removeHandler(held)
-        if held.target:
-            held.target.close()
-    return 0
+    def _leave(self, number: int) -> None:
+        """Save what is not yet on the disk and end the process: within two seconds, on a second signal at once."""
+        threading.Timer(1.8, os._exit, (128 + number,)).start()  # whatever hangs
+        self._catch_up()
+        if self._saving:
+            self._saving.add_done_callback(lambda _: self._mouth.send(b"\0"))
+            self._ear.recv(1)
+        self._writing.acquire()
+        there = "; the results are complete" if self._finished else ""
+        if self._kept and any(path.exists() for path in self._paths()):
+            there = f"; the same command goes on from {_place(self._kept)}"
+        log.error(f"ended by {signal.Signals(number).name}{there}")
+        os._exit(128 + number)
 
+    # The state
 
-def _refuse_foreign(run: Path, directory: Path) -> None:
-    """Keep results out of the data, and those of other data as they are."""
-    name = check_data.printable(str(run))
-    if run.resolve() == directory.resolve():
-        raise check_data.UsageError(f"--out {name} is the folder of the features; choose another")
-    try:
-        data = json.loads((run / "config.json").read_text())["data"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return
-    if data != str(directory.resolve()):
-        told = check_data.printable(str(data))
-        raise check_data.UsageError(f"{name} holds the results for {told}; choose another --out, or remove them")
+    def look(self, identity: dict, fresh: bool = False) -> str | None:
+        """Find the state of an unfinished run, or remove it for a fresh start; says where it stands.
 
+        Raises
+        ------
+        check_data.UsageError
+            If it is that of another run, or if nothing of it is whole.
+        """
+        self.identity = identity
+        if fresh:
+            self.clear()
+        whole, damaged = [], []
+        for path in self._paths() if self.leads else ():
+            if os.path.lexists(path):
+                try:
+                    whole.append(_understood(*stats.read_checked_arrays(path)))
+                except stats.DataError as error:
+                    damaged.append(f"{check_data.printable(str(path))} {error.reason}")
+        if not whole and damaged:
+            raise check_data.UsageError(f"{'; '.join(damaged)}; --fresh starts over")
+        if not whole:
+            return None
+        for fault in damaged:
+            log.warning(f"state: {fault}; GOING ON FROM THE ONE BEFORE")
+        self._found = max(whole, key=lambda found: found[0]["serial"])
+        described = self._found[0]
+        self._serial = described["serial"]
+        self._refuse_others(described["identity"])
+        here = self._circumstances()
+        for name, there in described["circumstances"].items():
+            if there != here.get(name):
+                log.warning(f"state: saved with {name} {there}, and here {here.get(name)}: the last digits may differ")
+        return described["place"]
 
-def _process_number() -> int:
-    """Number of this process among those of a run on several hosts, before jax can tell it."""
-    for size, number in (
-        ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID"),
-        ("SLURM_NTASKS", "SLURM_PROCID"),
-        ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
-    ):
-        if os.environ.get(size, "1") != "1" and os.environ.get(number, "").isdecimal():
-            return int(os.environ[number])
-    return 0
+    def _refuse_others(self, theirs: dict) -> None:
+        """Name the differences between an unfinished run and this one."""
+        named = [
+            f"{name} {_said(there.get(name))} there and {_said(here.get(name))} here"
+            for there, here in ((theirs["options"], self.identity["options"]), (theirs["data"], self.identity["data"]))
+            for name in dict.fromkeys([*there, *here])
+            if there.get(name) != here.get(name)
+        ]
+        if named:
+            more = [f"{len(named) - 3} more"] * (len(named) > 3)
+            run, differences = check_data.printable(str(self.run)), check_data.printable(", ".join(named[:3] + more))
+            raise check_data.UsageError(
+                f"{run} holds an unfinished run, with {differences}; finish it, choose another --out, or start over"
+                " with --fresh"
+            )
+
+    def resume(self, start: Progress) -> Progress:
+        """Where to go on: `start`, or what `look` has found, in the form of `start`."""
+        described, arrays = self._found or ({"setting": 0, "epoch": 0, "history": []}, {})
+        setting, epoch = described["setting"], described["epoch"]
+        if jax.process_count() > 1:
+            setting, epoch = map(int, _from_first(np.array([setting, epoch])))
+        if not (setting or epoch):
+            return start
+        state = fetched(start.state)
+        best = Outcome(state.best, state.best_loss, state.best_epoch, state.skipped, state.best_epoch)
+        form = start._replace(state=state, best=best if setting else None, losses=[state.best_loss] * setting)
+        leaves, tree = jax.tree.flatten((form.state, form.best, form.losses))
+        if self._found:
+            leaves = [_into(leaf, arrays.get(name), name) for (name, leaf) in form.arrays().items()]
+        state, best, losses = jax.tree.unflatten(tree, _from_first(leaves) if jax.process_count() > 1 else leaves)
+        self._found, self._kept = None, Progress(setting, epoch, state, best, losses, described["history"])
+        return self._kept
+
+    def offer(self, progress: Progress) -> None:
+        """Take note of where training stands, and save it if it is time."""
+        idle = self._saving is None or self._saving.done()
+        due = idle and time.monotonic() >= self._due and self.run is not None
+        if jax.process_count() > 1:  # all of them are needed to fetch what lies on several hosts
+            due = bool(_from_first(np.array(due)))
+            progress = progress._replace(state=fetched(progress.state)) if due else progress
+        self._latest = progress
+        if due and self.leads:
+            self._submit(progress)
+
+    def _submit(self, progress: Progress) -> None:
+        self._submitted, self._saving = progress, self._pool.submit(self._save, progress)
+
+    def _catch_up(self) -> None:
+        """Begin to save where training stands, unless that is saved or under way; several processes cannot."""
+        behind = self.run is not None and self._latest is not None and self._latest is not self._submitted
+        if behind and jax.process_count() == 1:
+            self._submit(self._latest)
+
+    def save(self) -> None:
+        """Save where training stands, and wait for it."""
+        self._catch_up()
+        self.rest()
+
+    def _save(self, progress: Progress) -> None:
+        """Write the state; whatever goes wrong is said once and ends no run."""
+        started = time.monotonic()
+        try:
+            self._write(progress)
+        except Exception as error:
+            told = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else repr(error)
+            if not self._warned:
+                log.warning(f"state: not saved, the run goes on: {check_data.printable(told)}")
+            self._warned = True
+        finally:
+            self._due = time.monotonic() + DUTY * (time.monotonic() - started)
+
+    def _write(self, progress: Progress) -> None:
+        arrays = {name: np.asarray(leaf) for name, leaf in fetched(progress.arrays()).items()}
+        described = {"serial": self._serial + 1, "identity": self.identity, "circumstances": self._circumstances()}
+        described |= {"setting": progress.setting, "epoch": progress.epoch, "history": progress.history}
+        described |= {"place": _place(progress)}
+        blobs = {self._paths()[described["serial"] % 2].name: stats.checked_arrays(described, arrays)}
+        stats.write_files(self.run, blobs | {"history.csv": stats.csv_bytes(progress.history)})
+        self._serial, self._kept = described["serial"], progress
+
+    def rest(self) -> None:
+        """Wait for a save that is under way: it writes history.csv too."""
+        if self._saving:
+            concurrent.futures.wait([self._saving])
+
+    @contextlib.contextmanager
+    def finishing(self) -> Iterator[None]:
+        """Write the results, which no signal interrupts; the state is not needed after that."""
+        self.rest()
+        with self._writing:
+            yield
+            self.clear(finished=True)
+
+    def clear(self, finished: bool = False) -> None:
+        """Remove the state: the run is finished, or to be started over."""
+        self.rest()
+        self._found = self._latest = self._submitted = self._kept = None
+        self._finished = finished
+        for path in self._paths() if self.leads and self.run else ():
+            path.unlink(missing_ok=True)
+            path.with_name(f".{path.name}.tmp").unlink(missing_ok=True)  # of a kill in mid-save
+
+    def _paths(self) -> tuple[Path, Path]:
+        return self.run / "state-0.bin", self.run / "state-1.bin"
+
+    @staticmethod
+    def _circumstances() -> dict:
+        return _versions() | {"device": jax.devices()[0].device_kind, "devices": jax.device_count()}
 
 
 def _identity(config: Config, scan: check_data.Scan, dataset: Dataset, plan: Plan, stored: stats.Stored) -> dict:
@@ -2285,86 +2153,76 @@ def _identity(config: Config, scan: check_data.Scan, dataset: Dataset, plan: Pla
     return json.loads(json.dumps({"options": options, "data": told}))  # as it comes back from a file
 
 
-def _settings(config: Config) -> dict:
-    """The options that say something."""
-    return {
-        name: value
-        for name, value in dataclasses.asdict(config).items()
-        if value is not None and value is not False and value != ()
-    }
+def _understood(described: dict, arrays: dict[str, np.ndarray]) -> tuple[dict, dict[str, np.ndarray]]:
+    """What a state file tells, if it is one that this program can have written.
+
+    Raises
+    ------
+    stats.DataError
+        `damaged`.
+    """
+    kinds = {"serial": int, "setting": int, "epoch": int, "history": list, "place": str, "circumstances": dict}
+    identity = described.get("identity")
+    whole = all(type(described.get(name)) is kind for name, kind in kinds.items()) and isinstance(identity, dict)
+    whole = whole and all(isinstance(identity.get(name), dict) for name in ("options", "data"))
+    if not whole or min(described["setting"], described["epoch"] - 1) < 0 or not described["history"]:
+        raise stats.DataError("damaged", "is none of this program's")
+    if any(np.isnan(array).any() for array in arrays.values()):
+        raise stats.DataError("damaged", "holds NaN")
+    return described, arrays
 
 
-def command_line(config: Config) -> str:
-    """The command that asks for these options, as a shell takes it."""
-    words = []
-    for field in dataclasses.fields(config)[1:]:
-        value, flag = getattr(config, field.name), f"--{field.name.replace('_', '-')}"
-        if value != field.default:
-            values = value if isinstance(value, tuple) else (value,)
-            words += [flag if one is True else f"{flag}={one}" for one in values]
-    dashed = config.directory.startswith("-")
-    return shlex.join(["python", "train.py", *words, *["--"] * dashed, config.directory])
+def _said(value: Any) -> str:
+    return "unset" if value is None else str(value)
 
 
-def _scan_train_score(config: Config, keeper: Keeper, held: logging.handlers.MemoryHandler) -> dict:
-    """All that a run does; its metrics, or nothing where another process tells them."""
-    started, run = time.perf_counter(), keeper.run
-    device = start_jax()
-    leads = jax.process_index() == 0
-    if leads != keeper.leads:
-        raise check_data.UsageError("the environment names this process as one of several, and jax knows no others")
-    if not leads:
-        log.setLevel(logging.WARNING)
-    log.info(f"device: {device}")
-    if not config.no_compile_cache:
-        keep_compiled()
-    settings = _settings(config)
-    log.info("settings: " + check_data.printable(", ".join(f"{name} {value}" for name, value in settings.items())))
-    if not os.access(config.directory, os.W_OK):
-        log.info(f"statistics: DIR is read-only, so they will be saved in {check_data.printable(str(run))}")
-    scan = check_data.scan(config, keep_features=True, progress=_scan_progress())
-    for line in (*check_data.findings_report(scan), *check_data.summary(scan)):
-        log.info(line)
-    for obstacle in check_data.obstacles(scan):
-        raise check_data.UsageError(obstacle)
-    dataset = pack(scan, config.pooling)
-    plan = make_plan(dataset, config)
-    stored, new_place = _statistics(scan, dataset, run, config)
-    if config.fresh:
-        keeper.clear()
-    place = keeper.look(_identity(config, scan, dataset, plan, stored))
-    if new_place and leads:
-        stats.save(new_place, stored.statistics, scan.fingerprint)
-    _say_plan(plan, config.seeds)
-    if place:
-        log.info(f"GOING ON from {place} of the unfinished run in {check_data.printable(str(run))}")
-    if leads:
-        mode = "a" if place else "w"
-        held.setTarget(logging.FileHandler(run / "train.log", mode, encoding="utf-8", errors="backslashreplace"))
-        held.flush()
-        held.capacity = 0  # from now on each line at once
+def _place(progress: Progress) -> str:
+    setting = f" of setting {progress.setting + 1}" * (progress.setting > 0)
+    return f"epoch {progress.history[-1]['epoch'] if progress.epoch else 0}{setting}"
+
+
+def _into(form: np.ndarray, saved: np.ndarray | None, name: str) -> np.ndarray:
+    """Saved rows in the form of an array of this run, which may have more to fill up its devices."""
+    if saved is None or saved.dtype != form.dtype or saved.shape[1:] != form.shape[1:]:
+        told = "is missing" if saved is None else f"has shape {saved.shape} there and {form.shape} here"
+        raise check_data.UsageError(f"the state of the unfinished run does not fit: {name} {told}; --fresh starts over")
+    rows = min(len(saved), len(form))
+    return np.concatenate([saved[:rows], form[rows:]])
+
+
+def _from_first(tree: Any) -> Any:
+    """What the first of several processes has."""
+    from jax.experimental import multihost_utils
+
+    return jax.tree.map(np.asarray, multihost_utils.broadcast_one_to_all(tree))
+
+
+def _locked(run: Path) -> int | None:
+    """Lock a folder for this process; the lock ends with it, however it ends.
+
+    Raises
+    ------
+    check_data.UsageError
+        If another run holds it.
+    """
+    if fcntl is None:
+        return None
+    lock = os.open(run / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
     try:
-        trained = train(dataset, plan, stored, config, keeper)
-    except TrainingError:
-        keeper.save()
-        raise
-    metrics, probability = evaluate(dataset, plan, trained, stored.supplied, config)
-    metrics |= {"sweep": trained.sweep} if trained.sweep else {}
-    metrics |= {"left_out": scan.left_out(), "device": device, "versions": _versions()}
-    metrics |= {"seconds": round(time.perf_counter() - started, 1), "settings": settings}
-    metrics |= {"command": command_line(config)}
-    if not leads:
-        return {}
-    keeper.rest()
-    with keeper.writing:
-        save_run(run, scan, dataset, plan, trained, stored, metrics, probability, config)
-        keeper.clear(finished=True)
-    return metrics
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        pid = os.read(lock, 20).decode("ascii", "replace").strip()
+        name = check_data.printable(str(run))
+        raise check_data.UsageError(f"{name} is in use by another run, process {check_data.printable(pid)}") from None
+    except OSError as error:
+        log.warning(f"lock: none here ({error.strerror}); do not start a second run on this folder")
+    with contextlib.suppress(OSError):  # on a full disk a second run cannot name this one, and that is all
+        os.truncate(lock, 0)
+        os.write(lock, f"{os.getpid()}\n".encode())
+    return lock
 
 
-def _versions() -> dict[str, str]:
-    packages = {name: importlib.metadata.version(name) for name in ("jax", "flax", "optax", "numpy")}
-    return {"python": platform.python_version()} | packages
+# --- labelling other files ------------------------------------------------------------------------------------------
 
 
 class Model(NamedTuple):
@@ -2558,6 +2416,165 @@ def _say_agreement(label: np.ndarray, predicted: np.ndarray, speaker: np.ndarray
         print(f"{(~counted).sum()} not scored: no known label or speaker, or one that the model has heard")
 
 
+# --- the device -----------------------------------------------------------------------------------------------------
+
+
+def start_jax() -> str:
+    """Import the JAX stack, which takes seconds, on the best platform; return a line that names the device.
+
+    It is imported here and not at the top so that `--help` and every fault of the command line answer at once, and
+    so that the platform is chosen first.
+    """
+    global jax, jnp, nn, optax
+    plugins = ("jax_plugins.xla_cuda12", "jax_plugins.xla_cuda13") if importlib.util.find_spec("jax_plugins") else ()
+    has_cuda = any(map(importlib.util.find_spec, plugins))
+    platforms, reason = choose_platform(*probe_gpu(), has_cuda, os.environ.get("JAX_PLATFORMS", ""))
+    if platforms:
+        os.environ["JAX_PLATFORMS"] = platforms
+    import flax.linen as nn
+    import jax
+    import jax.numpy as jnp
+    import optax
+
+    if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+        # The population is shared among devices: see population_mesh.
+        jax.config.update("jax_num_cpu_devices", _cores())
+    join_hosts()
+    with _Complaints() as complaints:
+        try:
+            device = jax.devices()[0]
+        except RuntimeError as error:  # only where the user's own JAX_PLATFORMS leaves no other choice
+            raise check_data.UsageError(f"JAX_PLATFORMS={platforms}: {str(error).splitlines()[0]}") from None
+    if platforms != "cpu" and device.platform == "cpu" and complaints.heard:
+        reason = f"THE GPU COULD NOT BE USED: {check_data.printable(complaints.heard[0].strip().splitlines()[0])}"
+    if device.platform == "cpu":
+        return f"CPU ({_cores()} cores), because {reason or 'jax found nothing else'}"
+    return f"{device.platform.upper()} {device.device_kind}" + (
+        f" and {jax.device_count() - 1} more" if jax.device_count() > 1 else ""
+    )
+
+
+def probe_gpu() -> tuple[str | None, str]:
+    """Ask NVIDIA's driver, not jax, for a GPU: its name or None, and why there is none."""
+    if os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1"):
+        return None, "CUDA_VISIBLE_DEVICES hides every GPU"
+    vendors = glob.glob("/sys/bus/pci/devices/*/vendor")
+    hardware = bool(glob.glob("/dev/nvidia[0-9]*")) or any(_is_nvidia_gpu(Path(vendor).parent) for vendor in vendors)
+    try:
+        driver = ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
+    except OSError:
+        missing = "an NVIDIA GPU IS HERE BUT ITS DRIVER IS NOT INSTALLED (no libcuda.so.1)"
+        return None, missing if hardware else "there is no NVIDIA GPU on this machine"
+    count, name = ctypes.c_int(), ctypes.create_string_buffer(256)
+    status = driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count))
+    if status or not count.value:
+        unusable = f"AN NVIDIA GPU IS HERE BUT ITS DRIVER CANNOT USE IT (CUDA error {status}; try nvidia-smi)"
+        return None, unusable if hardware else "there is no NVIDIA GPU on this machine"
+    driver.cuDeviceGetName(name, len(name), 0)
+    return name.value.decode(errors="replace"), ""
+
+
+def _is_nvidia_gpu(device: Path) -> bool:
+    try:
+        return (device / "vendor").read_text().strip() == "0x10de" and (device / "class").read_text().startswith("0x03")
+    except OSError:
+        return False
+
+
+def choose_platform(gpu: str | None, fault: str, has_cuda: bool, asked: str) -> tuple[str, str]:
+    """Which platforms jax may use ('' leaves it to jax), and why it is the CPU if it is.
+
+    Found out before jax is imported: with CUDA wheels and no GPU its import prints a traceback, and with a driver
+    that does not fit it would take the CPU in silence.
+    """
+    if asked:
+        return asked, f"JAX_PLATFORMS={asked} asks for it"
+    if gpu and has_cuda:
+        return "cuda,cpu", ""
+    if gpu:
+        return "cpu", f"{gpu.upper()} IS HERE BUT THIS JAX HAS NO CUDA SUPPORT: pip install 'jax[cuda12]'"
+    return ("cpu" if has_cuda else ""), fault
+
+
+class _Complaints(logging.Handler):
+    """What jax logs while it starts its backends, to be said in one line: it would print a traceback."""
+
+    def __init__(self):
+        super().__init__()
+        self.heard: list[str] = []
+        self.logger = logging.getLogger("jax._src.xla_bridge")
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.heard.append(str(record.exc_info[1]) if record.exc_info else record.getMessage())
+
+    def __enter__(self) -> "_Complaints":
+        self.logger.addHandler(self)
+        self.logger.propagate = False
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.logger.removeHandler(self)
+        self.logger.propagate = True
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def join_hosts() -> None:
+    """Join the other processes of a run on several hosts, before any device is used.
+
+    Started by SLURM or MPI they are known; else JAX_COORDINATOR_ADDRESS (host:port of process 0), JAX_NUM_PROCESSES
+    and JAX_PROCESS_ID tell them. DIR and the options must be the same everywhere; process 0 writes.
+    """
+    named = {name: os.environ.get(f"JAX_{name.upper()}") for name in ("num_processes", "process_id")}
+    try:
+        if all(named.values()) and os.environ.get("JAX_COORDINATOR_ADDRESS"):
+            jax.distributed.initialize(**{name: int(value) for name, value in named.items()})
+        elif any(int(os.environ.get(name) or 1) > 1 for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")):
+            jax.distributed.initialize()
+    except (ValueError, IndexError, RuntimeError) as error:
+        raise check_data.UsageError(
+            "the other processes cannot be joined (JAX_COORDINATOR_ADDRESS as host:port, JAX_NUM_PROCESSES,"
+            f" JAX_PROCESS_ID, SLURM_* and OMPI_* tell of them): {error}"
+        ) from None
+
+
+def _process_number() -> int:
+    """Number of this process among those of a run on several hosts, before jax can tell it."""
+    for size, number in (
+        ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID"),
+        ("SLURM_NTASKS", "SLURM_PROCID"),
+        ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
+    ):
+        if os.environ.get(size, "1") != "1" and os.environ.get(number, "").isdecimal():
+            return int(os.environ[number])
+    return 0
+
+
+def keep_compiled() -> None:
+    """Keep compiled programs for the next run, in a folder of the user alone: who can write there can run code."""
+    if os.environ.get("JAX_COMPILATION_CACHE_DIR") or os.name != "posix":
+        return
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    folder = Path(base) / "speech-emotion-trainer"
+    if not folder.is_absolute():  # nobody's home is known
+        return
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        state = folder.lstat()
+    except OSError as error:
+        log.info(f"compile cache: none, {check_data.printable(str(folder))}: {error.strerror}")
+        return
+    if not stat.S_ISDIR(state.st_mode) or state.st_uid != os.getuid() or state.st_mode & 0o077:
+        log.info(f"compile cache: none, {check_data.printable(str(folder))} is not a folder of yours alone (mode 0700)")
+        return
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+
+
+# --- the program ----------------------------------------------------------------------------------------------------
+
+
 def main(arguments: list[str] | None = None) -> int:
     logging.raiseExceptions = False  # a closed stderr must not fill the screen with tracebacks
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
@@ -2577,6 +2594,12 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     except OSError as error:
         log.error("train.py: %s: %s", check_data.printable(str(error.filename)), error.strerror)
+        return 1
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):  # as jax says it
+            raise
+        told = check_data.printable((str(error).strip() or "no more memory").splitlines()[0])
+        log.error("train.py: OUT OF MEMORY (%s); try a smaller --batch, --seeds or --width, or --pooling mean", told)
         return 1
 
 

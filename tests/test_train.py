@@ -472,16 +472,16 @@ def test_the_blend_is_chosen_by_the_validation_speakers_alone():
     good, bad = 3 * np.eye(4)[label] + rng.normal(size=(200, 4)), rng.normal(size=(200, 4))
     heard, rest = np.arange(100), np.arange(100, 200)
     hidden, linear = bad.copy(), np.stack([good] * len(train.SHRINKAGES))
-    blend = train.choose_blend(hidden[None], linear[None], [heard], label)
+    blend = stats.choose_blend(hidden[None], linear[None], [heard], label)
     assert blend.linear > 5 * blend.hidden
     hidden[rest] = 100 * np.eye(4)[label[rest]]  # what the validation speakers cannot know
-    assert train.choose_blend(hidden[None], linear[None], [heard], label) == blend
+    assert stats.choose_blend(hidden[None], linear[None], [heard], label) == blend
     linear = np.stack([bad, good, *[bad] * (len(train.SHRINKAGES) - 2)])
-    blend = train.choose_blend(5 * good[None], linear[None], [heard], label)
+    blend = stats.choose_blend(5 * good[None], linear[None], [heard], label)
     assert blend.shrinkage == 1
     assert blend.linear == pytest.approx(5 * blend.hidden, rel=0.5)  # two equals count alike, however sure they are
     worse = good + 2 * rng.normal(size=good.shape)
-    blend = train.choose_blend(worse[None], linear[None], [heard], label)
+    blend = stats.choose_blend(worse[None], linear[None], [heard], label)
     assert blend.linear > 3 * blend.hidden  # and of two that are not, the better one more
 
 
@@ -1056,6 +1056,7 @@ def test_metrics_say_what_they_must(trained):
     assert metrics["classes"] == list(emotions.EMOTIONS)
     assert (metrics["n_utterances"], metrics["n_speakers"], metrics["fold_scheme"]) == (112, 8, "3")
     assert metrics["left_out"] == {"empty": 1}
+    assert metrics["left_out_first"] == {"empty": {"file": "03-01-05-01-02-01-12.npz", "reason": "has no bytes"}}
     assert {"jax", "flax", "optax", "numpy", "python"} <= set(metrics["versions"])
     assert metrics["seconds"] > 0
     assert "CPU" in metrics["device"]
@@ -1192,6 +1193,7 @@ def test_no_name_forges_a_line_markup_or_a_tag(trained, name):
     metrics["speakers"] = {name: metrics["speakers"]["ravdess:01"]}
     metrics["groups"]["corpus"] = {name: metrics["groups"]["corpus"]["ravdess"]}
     metrics["confident_mistakes"] = [{"file": name, "label": name, "predicted": name, "confidence": 0.9}]
+    metrics["left_out_first"] = {"empty": {"file": name, "reason": name}}
     metrics |= {"notes": [name], "command": name, "settings": {"labels": name}, "device": name, "fold_scheme": name}
     shown = train.report_text(metrics, Path(name), io.StringIO())
     assert all(character.isprintable() or character == "\n" for character in shown)
@@ -1205,9 +1207,21 @@ def test_no_name_forges_a_line_markup_or_a_tag(trained, name):
     assert whole.count("".join(check_data.printable(name).split())) >= 5
 
 
+def test_the_report_names_what_was_left_out_and_why(trained):
+    metrics = json.loads((trained / "first" / "metrics.json").read_text())
+    shown = train.report_text(metrics, Path("run"), io.StringIO())
+    assert "empty  1  03-01-05-01-02-01-12.npz: has no bytes" in shown
+    assert "left out          1 file; skipped.csv names them" in shown
+    clean = train.report_text(metrics | {"left_out": {}, "left_out_first": {}}, Path("run"), io.StringIO())
+    assert "left out          0 files" in clean
+
+
 def test_the_report_fits_80_columns(trained):
     metrics = json.loads((trained / "first" / "metrics.json").read_text())
-    for more in ({}, {"notes": ["word " * 40]}, {"left_out": {"x" * 9 + str(n): 10**6 for n in range(20)}}):
+    codes = ["x" * 16 + str(n) for n in range(20)]
+    first = {code: {"file": "f" * 90 + ".npz", "reason": "is not what it should be " * 5} for code in codes}
+    many = {"left_out": dict.fromkeys(codes, 10**6), "left_out_first": first}
+    for more in ({}, {"notes": ["word " * 40]}, many):
         shown = train.report_text(metrics | more, Path("run"), io.StringIO())
         assert max(map(len, shown.splitlines())) <= 80
 
@@ -1535,6 +1549,20 @@ def test_a_folder_that_cannot_be_trained_on_exits_2_with_one_line(tmp_path, cont
     assert "\n" not in caplog.records[-1].message
 
 
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.")]
+)
+def test_out_of_memory_is_one_line_with_what_to_do(trained, tmp_path, error, monkeypatch, caplog):
+    def exhausted(*_):
+        raise error
+
+    monkeypatch.setattr(train, "train", exhausted)
+    assert train.main([str(trained / "data"), "--out", str(tmp_path / "run"), *FAST]) == 1
+    assert "OUT OF MEMORY" in caplog.messages[-1]
+    assert "--batch" in caplog.messages[-1]
+    assert "\n" not in caplog.messages[-1]
+
+
 def test_statistics_of_the_user_are_never_overwritten(trained, tmp_path):
     data = write_sample(tmp_path / "data", actors=2, dim=24)
     np.save(data / stats.MEAN_FILE, np.zeros(24, np.float32))
@@ -1552,11 +1580,10 @@ def test_the_embedded_sample_is_what_its_script_writes(tmp_path):
             np.testing.assert_allclose(new["emb"], old["emb"], rtol=1e-6)
 
 
-def test_a_tree_of_parameters_survives_its_file_form():
+def test_parameters_are_named_by_their_paths():
     tree = {"Dense_0": {"kernel": np.ones((2, 3), np.float32), "bias": np.zeros(3, np.float32)}}
     flat = train.flatten(tree)
     assert set(flat) == {"params/Dense_0/kernel", "params/Dense_0/bias"}
-    assert train.unflatten(flat)["Dense_0"]["kernel"].shape == (2, 3)
 
 
 # --- the run's own folder ---
