@@ -8,7 +8,7 @@ What it does, in order: scan, pack, plan the folds, normalise, train all folds a
 program, score the out-of-fold predictions, save the artifacts, print the report.
 
 Axes: P population (K folds and the final model, S seeds each), N utterances, B batch, T frames, D features, W hidden
-width, C classes; of frame sequences M chunks of L frames in all, G of them in a batch.
+width, C classes; F frames of all sequences together.
 """
 
 import argparse
@@ -59,8 +59,9 @@ from check_data import demand, option
 log = logging.getLogger("train")
 
 EPOCHS_A_CALL = 4  # the host looks at the figures, prints and decides between calls
-CHUNKS_A_SEQUENCE = 8  # frames are stored in chunks so long that a sequence of average length has as many
+GROUPS = 6  # of lengths in a batch of sequences: more mean less padding and a longer compilation
 SHRINKAGES = (0.01, 0.03, 0.1, 0.2, 0.3, 0.5, 0.8)  # of the covariance behind the linear part
+EVERYBODY = 2**32 - 1  # branch of the random numbers that belong to no member
 STEPS_AN_EPOCH = 16  # at least, for sets so small that whole batches would leave too few updates
 ENDING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 DUTY = 20  # times as long as a save of the state took, the next one waits; it is done in the background
@@ -287,30 +288,26 @@ def _versions() -> dict[str, str]:
 
 
 class Frames(NamedTuple):
-    """Frame sequences cut into chunks of L frames, the last one of each filled up with zeros.
+    """Frame sequences one after the other.
 
-    `chunks` is float32, shape (M, L, D), less `centre`, (D,), so that sums of squares keep their digits; `first` is the
-    first chunk of each utterance and `count` how many it has, shape (N,). Chunks keep padding small without sorting
-    utterances of one length into one batch.
+    `rows` is float32, shape (F + longest, D), less `centre`, (D,), so that sums of squares keep their digits. Zeros
+    follow the last sequence, so that a slice as long as the longest never leaves the block. `first` is the first
+    frame of each utterance, shape (N,).
     """
 
-    chunks: np.ndarray
+    rows: np.ndarray
     centre: np.ndarray
     first: np.ndarray
-    count: np.ndarray
 
     @classmethod
     def of(cls, sequences: list[np.ndarray], centre: np.ndarray) -> "Frames":
         """Pack sequences of shape (T, D); the list is emptied, so that hardly more than the result is in memory."""
         length = np.array([len(sequence) for sequence in sequences])
-        size = max(1, round(length.mean() / CHUNKS_A_SEQUENCE))
-        count = -(-length // size)
-        first = np.cumsum(count) - count
-        chunks = _aligned_zeros((int(count.sum()), size, sequences[0].shape[1]))
-        rows = chunks.reshape(-1, chunks.shape[2])
+        first = np.cumsum(length) - length
+        rows = _aligned_zeros((int(length.sum() + length.max()), len(centre)))
         for place in range(len(sequences) - 1, -1, -1):
-            np.subtract(sequences.pop(), centre, out=rows[first[place] * size :][: length[place]])
-        return cls(chunks, centre, first, count)
+            np.subtract(sequences.pop(), centre, out=rows[first[place] :][: length[place]])
+        return cls(rows, centre, first)
 
 
 def _aligned_zeros(shape: tuple[int, ...]) -> np.ndarray:
@@ -623,15 +620,15 @@ def class_weights(label: np.ndarray, train: np.ndarray, classes: int) -> np.ndar
 
 
 class Data(NamedTuple):
-    """The utterances on the device, the same on each; see Dataset. Vectors have no chunks."""
+    """The utterances on the device, the same on each; see Dataset and Frames. Vectors have no rows."""
 
     x: Any  # (N, D)
     label: Any  # (N,)
+    everything: Any  # (B, steps), a table that holds each utterance once
     length: Any  # (N,)
-    chunks: Any  # (M, L, D)
-    centre: Any  # (D,), which the chunks are without
     first: Any  # (N,)
-    count: Any  # (N,)
+    rows: Any  # (F + longest, D)
+    centre: Any  # (D,), which they are without
 
 
 class Setting(NamedTuple):
@@ -656,13 +653,15 @@ class Setting(NamedTuple):
 class Member(NamedTuple):
     """What one model of the population trains on; stacked along P for the program.
 
-    Tables of utterances have a column for each batch; -1 is padding. Rows are strata of about the same length.
+    `train` and `validation` of vectors are tables of utterances with a column for each batch, and -1 for padding.
+    Sequences are bound by the memory that their frames move. All members walk through one table of them, so that a
+    batch is read once for all, and each counts its own: its `train` and `validation` are masks of shape (N,).
     """
 
     number: Any  # () its own branch of the random numbers
     fold: Any  # () -1 for those that only fill up the devices
-    train: Any  # (B, steps)
-    validation: Any  # (B, steps)
+    train: Any
+    validation: Any
     mean: Any  # (D,)
     scale: Any  # (D,)
     class_weight: Any  # (C,)
@@ -691,18 +690,18 @@ class Task(NamedTuple):
     config: Config
     network: Any
     classes: int
-    capacity: int  # G, chunks in the fullest batch; 0 for vectors
+    groups: tuple[tuple[int, int], ...]  # of a batch of sequences: rows, and frames that each has room for
     steps: int  # batches in an epoch
     mix: Callable  # mix, or unmixed where no setting wants it
+    each: Callable  # jax.vmap, or one_by_one
 
 
 class Bag(NamedTuple):
-    """The frame sequences of a batch, as chunks in a row."""
+    """The frame sequences of one group of a batch, side by side."""
 
-    frames: Any  # (G, L, D)
+    frames: Any  # (B, T, D)
     centre: Any  # (D,), which they are without
-    real: Any  # (G, L) bool
-    owner: Any  # (B, G) bool: whose chunk it is
+    real: Any  # (B, T) bool
 
 
 def build_network(width: int, classes: int, precision: str) -> Any:
@@ -728,42 +727,36 @@ def attentive_statistics(bag: Bag, member: Member, query: Any) -> Any:
     with a linear score; a query of zeros makes them all alike. Padding, which has no frames, stays finite. Frames are
     never normalised one by one: the step is bound by the memory that they move.
     """
-    score, owner = bag.frames @ (query / member.scale), bag.owner.astype(jnp.float32)
-    highest = jnp.where(bag.real, score, -jnp.inf).max(1)  # (G,)
-    peak = jnp.where(bag.owner, highest, -jnp.inf).max(1)  # (B,)
+    score = bag.frames @ (query / member.scale)  # (B, T)
+    peak = jnp.where(bag.real, score, -jnp.inf).max(1, keepdims=True)
     peak = jax.lax.stop_gradient(jnp.where(jnp.isfinite(peak), peak, 0))
     # Chosen before and after exp: what overflows in the padding would be a NaN in the gradient.
-    weight = jnp.where(bag.real, jnp.exp(jnp.where(bag.real, score - (peak @ owner)[:, None], 0)), 0)
-    total = owner @ weight.sum(1)[:, None]
-    total = jnp.where(total > 0, total, 1)
-    mean = owner @ jnp.einsum("gl,gld->gd", weight, bag.frames) / total
-    square = owner @ jnp.einsum("gl,gld->gd", weight, jnp.square(bag.frames)) / total
+    weight = jnp.where(bag.real, jnp.exp(jnp.where(bag.real, score - peak, 0)), 0)
+    total = weight.sum(1, keepdims=True)
+    weight = weight / jnp.where(total > 0, total, 1)
+    mean = jnp.einsum("bt,btd->bd", weight, bag.frames)
+    square = jnp.einsum("bt,btd->bd", weight, jnp.square(bag.frames))
     deviation = jnp.sqrt(jnp.maximum(square - jnp.square(mean), 1e-6 * jnp.square(member.scale)))
-    return jnp.concatenate([mean + (bag.centre - member.mean), deviation], -1) / jnp.concatenate(
-        [member.scale, member.scale]
-    )
+    return jnp.concatenate([(mean + (bag.centre - member.mean)) / member.scale, deviation / member.scale], -1)
 
 
 def fetch(task: Task, data: Data, chosen: Any) -> Any:
-    """Gather a batch of utterances, (B,): vectors (B, D), or a Bag of sequences."""
-    if not task.capacity:
+    """Gather a batch of utterances, (B,): vectors (B, D), or a Bag for each group of sequences."""
+    if not task.groups:
         return data.x[chosen]
-    count = jnp.where(chosen >= 0, data.count[chosen], 0)
-    end, place = jnp.cumsum(count), jnp.arange(task.capacity)
-    owner = (place < end[:, None]) & (place >= (end - count)[:, None])  # (B, G)
-    taken = owner.any(0)  # (G,)
-    whose = owner.argmax(0)  # (G,)
-    nth = place - (end - count)[whose]
-    frame = nth[:, None] * data.chunks.shape[1] + jnp.arange(data.chunks.shape[1])
-    real = taken[:, None] & (frame < data.length[chosen[whose]][:, None])
-    frames = data.chunks[jnp.where(taken, data.first[chosen[whose]] + nth, 0)]
-    return Bag(frames, data.centre, real, owner)
+    bags, row = [], 0
+    for rows, longest in task.groups:
+        own, row = chosen[row : row + rows], row + rows
+        slices = jax.vmap(lambda first, longest=longest: jax.lax.dynamic_slice_in_dim(data.rows, first, longest))
+        real = (own >= 0)[:, None] & (jnp.arange(longest) < data.length[own][:, None])
+        bags.append(Bag(slices(data.first[own]), data.centre, real))
+    return bags
 
 
 def pool(params: Any, member: Member, batch: Any) -> Any:
     """One vector for each utterance of a batch, normalised: (B, D), or (B, 2 D) for sequences."""
-    if isinstance(batch, Bag):
-        return attentive_statistics(batch, member, params["query"])
+    if isinstance(batch, list):
+        return jnp.concatenate([attentive_statistics(bag, member, params["query"]) for bag in batch])
     return (batch - member.mean) / member.scale
 
 
@@ -783,12 +776,12 @@ def dropout_gate(task: Task, setting: Setting, key: Any, batch: int) -> Any:
 
 def init_member(task: Task, root: Any, member: Member) -> State:
     key = jax.random.fold_in(root, member.number)
-    pooled = jnp.concatenate([member.mean] * (2 if task.capacity else 1))[None]
+    pooled = jnp.concatenate([member.mean] * (2 if task.groups else 1))[None]
     params = task.network.init(key, pooled, jnp.ones((1, task.config.width)))["params"]
     # flax scales by all units of the layer before, of which fewer may be in use
     wider = jnp.sqrt(task.config.width / member.setting.width)
     params["Dense_1"]["kernel"] = params["Dense_1"]["kernel"] * wider
-    if task.capacity:
+    if task.groups:
         params["query"] = jnp.zeros_like(member.mean)
     nothing, zero = jax.tree.map(jnp.zeros_like, params), jnp.int32(0)
     never = jnp.float32(jnp.inf)
@@ -826,7 +819,10 @@ def member_step(task: Task, member: Member, state: State, batch: tuple, key: Any
     smoothed = optax.smooth_labels(jax.nn.one_hot(label, task.classes), member.setting.label_smoothing)
 
     def loss_of(params):
-        mixed, target = task.mix(member.setting, mix_key, weight, pool(params, member, x), smoothed)
+        pooled = pool(params, member, x)
+        if task.groups:  # what others train on could overflow
+            pooled = jnp.where(weight[:, None] > 0, pooled, 0)
+        mixed, target = task.mix(member.setting, mix_key, weight, pooled, smoothed)
         logits, _ = task.network.apply({"params": params}, mixed, gate)
         return cross_entropy(logits, target, weight)
 
@@ -841,7 +837,7 @@ def member_step(task: Task, member: Member, state: State, batch: tuple, key: Any
     state = state._replace(
         skipped=state.skipped + (working & ~finite), bad_run=bad_run, worst_run=jnp.maximum(state.worst_run, bad_run)
     )
-    return state, jnp.where(working, jnp.stack([loss, norm]), 0)
+    return state, jnp.where(working, jnp.stack([jnp.ones_like(loss), loss, norm]), 0)
 
 
 def adamw(setting: Setting, state: State, gradient: Any, factor: Any, keep: Any, progress: Any) -> State:
@@ -885,20 +881,24 @@ def member_epoch(task: Task, root: Any, data: Data, epoch: Any, member: Member, 
     member with more utterances than an epoch has room for leaves out others each time.
     """
     key = jax.random.fold_in(jax.random.fold_in(root, member.number), epoch)
-    order = jnp.argsort(jax.random.uniform(key, member.train.shape) + jnp.where(member.train < 0, 2.0, 0.0), 1)
+    table, order_key = member.train, key
+    if task.groups:
+        table, order_key = data.everything, jax.random.fold_in(jax.random.fold_in(root, EVERYBODY), epoch)
+    order = jnp.argsort(jax.random.uniform(order_key, table.shape) + jnp.where(table < 0, 2.0, 0.0), 1)
     steps = task.steps
-    batches = jnp.take_along_axis(member.train, order[:, :steps], 1).T  # (steps, B)
+    batches = jnp.take_along_axis(table, order[:, :steps], 1).T  # (steps, B)
 
     def step(state, numbered):
         number, chosen = numbered
         label = data.label[chosen]
-        weight = jnp.where(chosen >= 0, member.class_weight[label], 0)
+        weight = jnp.where(counted(task, member.train, chosen), member.class_weight[label], 0)
         batch = (fetch(task, data, chosen), label, weight)
         progress = (epoch + number / steps) / task.config.epochs
         return member_step(task, member, state, batch, jax.random.fold_in(key, number), progress)
 
     state, measured = jax.lax.scan(step, state, (jnp.arange(steps), batches))
-    loss, norm = measured.sum(0) / jnp.maximum((batches >= 0).any(1).sum(), 1)
+    worked, loss, norm = measured.sum(0)
+    loss, norm = loss / jnp.maximum(worked, 1), norm / jnp.maximum(worked, 1)
     validation_loss, validation_ua = validate(task, data, member, state.params)
     return state, {
         "loss": loss,
@@ -906,6 +906,11 @@ def member_epoch(task: Task, root: Any, data: Data, epoch: Any, member: Member, 
         "validation_loss": validation_loss,
         "validation_ua": validation_ua,
     }
+
+
+def counted(task: Task, part: Any, chosen: Any) -> Any:
+    """Which utterances of a batch, (B,), are of a part of a member: all of its own table, some of everybody's."""
+    return (chosen >= 0) & part[chosen] if task.groups else chosen >= 0
 
 
 def answer_of(task: Task, data: Data, member: Member, params: Any, chosen: Any) -> tuple[Any, Any]:
@@ -918,14 +923,16 @@ def validate(task: Task, data: Data, member: Member, params: Any) -> tuple[Any, 
     """Class-balanced cross-entropy and UA of one member on its validation utterances."""
 
     def add(total, chosen):
-        label = jnp.where(chosen >= 0, data.label[chosen], -1)
+        own = counted(task, member.validation, chosen)
+        label = jnp.where(own, data.label[chosen], -1)
         true = jax.nn.one_hot(label, task.classes)  # (B, C), zeros for padding
         logits, _ = answer_of(task, data, member, params, chosen)
-        loss = jnp.where(chosen >= 0, optax.softmax_cross_entropy(logits, true), 0)
+        loss = jnp.where(own, optax.softmax_cross_entropy(logits, true), 0)
         right = jnp.where(logits.argmax(-1) == label, 1.0, 0.0)
         return total + jnp.stack([true.sum(0), loss @ true, right @ true]), None
 
-    count, loss, right = jax.lax.scan(add, jnp.zeros((3, task.classes)), member.validation.T)[0]
+    table = data.everything if task.groups else member.validation
+    count, loss, right = jax.lax.scan(add, jnp.zeros((3, task.classes)), table.T)[0]
     present = (count > 0).sum()
     return (loss / jnp.maximum(count, 1)).sum() / present, (right / jnp.maximum(count, 1)).sum() / present
 
@@ -954,28 +961,41 @@ def population_epochs(
     task: Task, mesh: Any, seed: Any, data: Data, members: Member, state: State, first: Any
 ) -> tuple[State, dict]:
     """Several epochs of the whole population; the measures have shape (epochs, P), and `active` before each epoch."""
-    run = over_population(mesh, jax.vmap(functools.partial(member_epoch, task), (None, None, None, 0, 0)), 2)
+
+    def run(data, epoch, members, state):
+        return task.each(functools.partial(member_epoch, task, jax.random.key(seed), data, epoch))(members, state)
 
     def one_epoch(state, epoch):
         active = state.active
-        state, measures = run(jax.random.key(seed), data, epoch, members, state)
+        state, measures = over_population(mesh, run, 2)(data, epoch, members, state)
         state = keep_best(task, members, state, measures["validation_loss"], epoch)
         return state, measures | {"active": active, "skipped": state.skipped}
 
     return jax.lax.scan(one_epoch, state, first + jnp.arange(EPOCHS_A_CALL))
 
 
-def all_answers(task: Task, part: int, data: Data, tables: Any, members: Member, params: Any) -> Any:
-    """Logits (part 0) or hidden layers (1) of every member for its own table of utterances, (P, B, steps).
+def all_logits(task: Task, data: Data, members: Member, params: Any) -> Any:
+    """Logits of every member for every utterance, (P, steps, B, C), as they lie in the table of everything."""
 
-    They have shape (P, steps, B, C) or (P, steps, B, W). One member at a time: nothing is gained by more.
-    """
+    def of_one(member, params):
+        return jax.lax.map(lambda chosen: answer_of(task, data, member, params, chosen)[0], data.everything.T)
+
+    return task.each(of_one)(members, params)
+
+
+def own_hidden(task: Task, data: Data, tables: Any, members: Member, params: Any) -> Any:
+    """Hidden layers of every member for its own table of utterances, (P, B, steps): (P, steps, B, W)."""
 
     def of_one(arguments):
         table, member, params = arguments
-        return jax.lax.map(lambda chosen: answer_of(task, data, member, params, chosen)[part], table.T)
+        return jax.lax.map(lambda chosen: answer_of(task, data, member, params, chosen)[1], table.T)
 
     return jax.lax.map(of_one, (tables, members, params))
+
+
+def one_by_one(function: Callable) -> Callable:
+    """As jax.vmap, but one member after the other: on a CPU its parameters then stay in the cache."""
+    return lambda *stacked: jax.lax.map(lambda own: function(*own), stacked)
 
 
 def population_mesh(members: int) -> Any:
@@ -1028,11 +1048,11 @@ def linear_parts(task: Task, data: Data, members: Member) -> tuple[Any, Any]:
     """
 
     def of_one(member):
-        used = (
-            jnp.zeros(len(data.label))
-            .at[jnp.where(member.train >= 0, member.train, len(data.label))]
-            .set(1.0, mode="drop")
-        )
+        if task.groups:
+            used = jnp.where(member.train, 1.0, 0.0)
+        else:
+            place = jnp.where(member.train >= 0, member.train, len(data.label))
+            used = jnp.zeros(len(data.label)).at[place].set(1.0, mode="drop")
         x = (data.x - member.mean) / member.scale
         true = jax.nn.one_hot(data.label, task.classes) * used[:, None]  # (N, C)
         count = true.sum(0)
@@ -1139,10 +1159,9 @@ def train(
         If the steps of a member are not finite five times in a row, or its outputs are not.
     """
     size = len(plan.train)
-    task, mesh, data, members, everything = set_up(dataset, plan, stored, config)
-    if task.capacity:
-        padding = padding_share(dataset, members.train, task)
-        log.info(f"sequences: {padding:.1%} of the frames that are computed are padding")
+    task, mesh, data, members = set_up(dataset, plan, stored, config)
+    if task.groups:
+        log.info(f"sequences: {padding_share(dataset, task):.1%} of the frames that are computed are padding")
     own = place(mesh, members, "population")
     outcome, losses, history = train_population(task, mesh, data, own, plan.folds, keeper or Keeper())
     if not np.isfinite(outcome.loss[:size]).all():
@@ -1153,10 +1172,8 @@ def train(
     used = (np.arange(config.width) < setting.width[:, None])[:, None]  # (P, 1, W); the others must answer nothing
     kernel, bias = (outcome.params["Dense_0"][name] for name in ("kernel", "bias"))
     outcome.params["Dense_0"] = {"kernel": kernel * used, "bias": bias * used[:, 0]}
-    logits = compute_logits(task, mesh, data, everything, own, outcome.params)[:size]
-    tested = test_tables(dataset, plan, members)
-    roomy = task._replace(capacity=_fullest(tested, dataset.frames))
-    embedding = compute_embedding(roomy, mesh, data, tested, own, outcome.params)
+    logits = compute_logits(task, mesh, data, own, outcome.params)[:size]
+    embedding = compute_embedding(task, mesh, data, dataset, plan, own, outcome.params)
     solve = jax.jit(over_population(mesh, functools.partial(linear_parts, task), 1))
     linear = [part[:size] for part in fetched(solve(data, own))]
     params = jax.tree.map(lambda leaf: leaf[:size], outcome.params)
@@ -1174,48 +1191,46 @@ def train(
 
 
 class Setup(NamedTuple):
-    """A run as the program wants it; `everything` is a table, (B, steps), that holds each utterance once."""
+    """A run as the program wants it."""
 
     task: Task
     mesh: Any
     data: Data
     members: Member  # on the host; the last ones may only fill up the devices
-    everything: np.ndarray
 
 
 def set_up(dataset: Dataset, plan: Plan, stored: stats.Stored, config: Config) -> Setup:
-    mesh = population_mesh(len(plan.train))
-    members = stack_members(dataset, plan, stored, config, -(-len(plan.train) // mesh.size) * mesh.size)
-    everything = _tables(np.ones((1, len(dataset.label)), bool), dataset, members.train.shape[1])[0]
-    task = make_task(dataset, (members.train, members.validation, everything), config)
-    return Setup(task, mesh, place(mesh, device_data(dataset)), members, everything)
+    """Lay out the population and put the data on the devices.
 
-
-def make_task(dataset: Dataset, tables: tuple[np.ndarray, ...], config: Config) -> Task:
-    """Fix the shapes of a run; the first of the tables (P, batch, steps) is the one that is trained on.
-
-    An epoch has as many batches as the median member needs: with as many as the final model needs, which trains on
-    more, every fold would compute padding.
+    An epoch of vectors has as many batches as the median member needs: with as many as the final model needs, which
+    trains on more, every fold would compute padding. One of sequences goes through all of them, in batches so large
+    that a member trains on the usual number.
     """
+    mesh = population_mesh(len(plan.train))
+    batch = min(config.batch, max(int(plan.train.sum(1).max()) // STEPS_AN_EPOCH, 2))
+    members = stack_members(dataset, plan, stored, config, batch, -(-len(plan.train) // mesh.size) * mesh.size)
+    if dataset.frames is None:
+        steps, groups = int(np.median((members.train >= 0).any(-2).sum(-1))), ()
+        everything = _tables(np.ones((1, len(dataset.label)), bool), dataset, batch)[0]
+    else:
+        everything = strata(np.arange(len(dataset.label)), dataset, round(batch / plan.train.mean()))
+        steps, groups = everything.shape[1], length_groups(everything, dataset)
     classes = len(dataset.classes)
-    capacity = max(_fullest(table, dataset.frames) for table in tables)
-    steps = int(np.median((tables[0] >= 0).any(-2).sum(-1)))
     network = build_network(config.width, classes, config.precision)
-    return Task(config, network, classes, capacity, steps, mix if config.mixup or config.sweep else unmixed)
+    each = jax.vmap if groups or mesh.devices.flat[0].platform != "cpu" else one_by_one
+    task = Task(config, network, classes, groups, steps, mix if config.mixup or config.sweep else unmixed, each)
+    return Setup(task, mesh, place(mesh, device_data(dataset, everything)), members)
 
 
-def batch_size(plan: Plan, config: Config) -> int:
-    return min(config.batch, max(int(plan.train.sum(1).max()) // STEPS_AN_EPOCH, 2))
-
-
-def stack_members(dataset: Dataset, plan: Plan, stored: stats.Stored, config: Config, rows: int) -> Member:
+def stack_members(dataset: Dataset, plan: Plan, stored: stats.Stored, config: Config, batch: int, rows: int) -> Member:
     """All members; `rows` of them, the last ones of which may only fill up the devices."""
-    batch, members = batch_size(plan, config), len(plan.train)
+    members, parts = len(plan.train), (plan.train, plan.validation)
+    if dataset.frames is None:
+        parts = [_tables(part, dataset, batch) for part in parts]
     member = Member(
         np.arange(members, dtype=np.int32),
         np.arange(members, dtype=np.int32) // config.seeds,
-        _tables(plan.train, dataset, batch),
-        _tables(plan.validation, dataset, batch),
+        *parts,
         *member_statistics(dataset, plan, stored),
         class_weights(dataset.label, plan.train, len(dataset.classes)),
         Setting.stack([Setting.of(config)] * members),
@@ -1252,32 +1267,42 @@ def _tables(masks: np.ndarray, dataset: Dataset, batch: int) -> np.ndarray:
     return np.stack([np.pad(table, ((0, 0), (0, steps - table.shape[1])), constant_values=-1) for table in tables])
 
 
-def test_tables(dataset: Dataset, plan: Plan, members: Member) -> np.ndarray:
-    """Tables (P, batch, steps) of the utterances that each member is tested on; none for the final model."""
-    tested = [plan.fold == fold if 0 <= fold < plan.folds else np.zeros(len(plan.fold), bool) for fold in members.fold]
-    return _tables(np.array(tested), dataset, members.train.shape[1])
+def length_groups(tables: np.ndarray, dataset: Dataset) -> tuple[tuple[int, int], ...]:
+    """Cut the rows of tables, (..., B, steps), into at most GROUPS groups with room for one length each.
+
+    Rows are strata of about the same length, so that a batch needs no room for the longest utterance but in its last
+    rows. The groups are those with the least padding, by dynamic programming over the row at which each ends.
+
+    Returns
+    -------
+    tuple
+        Rows and frames of each group.
+    """
+    longest = np.where(tables >= 0, dataset.length[tables], 1).swapaxes(-1, -2).reshape(-1, tables.shape[-2]).max(0)
+    room = np.concatenate([[0], np.maximum.accumulate(longest)])
+    end = np.arange(len(room))
+    own = np.where(end[:, None] > end, (end[:, None] - end) * room[:, None], np.inf)  # (end, begin)
+    cost, begins = np.where(end == 0, 0, np.inf), []
+    for _ in range(min(GROUPS, len(longest))):
+        begins.append((cost + own).argmin(1))
+        cost = (cost + own).min(1)
+    groups, stop = [], len(longest)
+    for begin in reversed(begins):
+        groups.append((int(stop - begin[stop]), int(room[stop])))
+        stop = begin[stop]
+    return tuple(reversed(groups))
 
 
-def _fullest(tables: np.ndarray, frames: Frames | None) -> int:
-    """Chunks in the fullest batch that any of the tables can give."""
-    if frames is None:
-        return 0
-    return int(np.where(tables >= 0, frames.count[tables], 0).max(-1).sum(-1).max())
+def padding_share(dataset: Dataset, task: Task) -> float:
+    """Share of the frames computed in an epoch that are padding."""
+    return 1 - float(dataset.length.sum()) / (task.steps * sum(rows * longest for rows, longest in task.groups))
 
 
-def padding_share(dataset: Dataset, table: np.ndarray, task: Task) -> float:
-    """Share of the frames computed in an epoch that are padding; `table` is (P, batch, steps)."""
-    rows = (table >= 0).sum(-1)  # (P, batch)
-    length = np.where(table >= 0, dataset.length[table], 0).sum(-1) / np.maximum(rows, 1)
-    real = (length * np.minimum(rows, task.steps)).sum()
-    return 1 - float(real) / (len(table) * task.steps * task.capacity * dataset.frames.chunks.shape[1])
-
-
-def device_data(dataset: Dataset) -> Data:
+def device_data(dataset: Dataset, everything: np.ndarray) -> Data:
     nothing = np.zeros(len(dataset.label), np.int32)
-    frames = dataset.frames or Frames(np.zeros((1, 1, 1), np.float32), np.zeros(1, np.float32), nothing, nothing)
-    length, first, count = (array.astype(np.int32) for array in (dataset.length, frames.first, frames.count))
-    return Data(dataset.x, dataset.label, length, frames.chunks, frames.centre, first, count)
+    frames = dataset.frames or Frames(np.zeros((1, 1), np.float32), np.zeros(1, np.float32), nothing)
+    length, first = dataset.length.astype(np.int32), frames.first.astype(np.int32)
+    return Data(dataset.x, dataset.label, everything, length, first, frames.rows, frames.centre)
 
 
 class Outcome(NamedTuple):
@@ -1385,33 +1410,31 @@ def sweep_table(settings: list[Setting], losses: np.ndarray, chosen: np.ndarray)
     return sorted(rows, key=lambda row: row["validation_loss"])
 
 
-def compute_logits(task: Task, mesh: Any, data: Data, table: np.ndarray, members: Member, params: Any) -> np.ndarray:
-    """Logits of every member for all utterances, (P, N, C); `table` holds each utterance once."""
-    tables = np.broadcast_to(table, (len(members.fold), *table.shape))
-    found = _answers(task, mesh, 0, data, tables, members, params)
+def compute_logits(task: Task, mesh: Any, data: Data, members: Member, params: Any) -> np.ndarray:
+    """Logits of every member for all utterances, (P, N, C)."""
+    table = np.asarray(data.everything).T
+    found = fetched(jax.jit(over_population(mesh, functools.partial(all_logits, task), 2))(data, members, params))
     logits = np.zeros((len(found), (table >= 0).sum(), task.classes))
-    logits[:, table.T[table.T >= 0]] = found[:, table.T >= 0]
+    logits[:, table[table >= 0]] = found[:, table >= 0]
     if not np.isfinite(logits).all():
         raise TrainingError("the features of an utterance overflow the network; look at them with check_data.py")
     return logits
 
 
 def compute_embedding(
-    task: Task, mesh: Any, data: Data, tables: np.ndarray, members: Member, params: Any
+    task: Task, mesh: Any, data: Data, dataset: Dataset, plan: Plan, members: Member, params: Any
 ) -> np.ndarray:
-    """Hidden layers of the members for the utterances of their tables, those of an utterance side by side."""
-    found = _answers(task, mesh, 1, data, tables, members, params)
-    places = [table.T[table.T >= 0] for table in tables]
-    order = np.argsort(np.concatenate(places), kind="stable")  # the seeds of a fold stay in their order
+    """Hidden layers, (N, S W), of the models of the fold that tests the utterance, side by side."""
+    fold = np.asarray(fetched(members.fold))
+    tested = [plan.fold == own if 0 <= own < plan.folds else np.zeros(len(plan.fold), bool) for own in fold]
+    tables = _tables(np.array(tested), dataset, len(data.everything))
+    task = task._replace(groups=length_groups(tables, dataset) if task.groups else ())
+    answer = jax.jit(over_population(mesh, functools.partial(own_hidden, task), 3))
+    found = fetched(answer(data, place(mesh, tables, "population"), members, params))
+    utterances = [table.T[table.T >= 0] for table in tables]
+    order = np.argsort(np.concatenate(utterances), kind="stable")  # the seeds of a fold stay in their order
     rows = np.concatenate([hidden[table.T >= 0] for table, hidden in zip(tables, found)])[order]
-    return rows.reshape(len(np.unique(np.concatenate(places))), -1)
-
-
-def _answers(
-    task: Task, mesh: Any, part: int, data: Data, tables: np.ndarray, members: Member, params: Any
-) -> np.ndarray:
-    answer = jax.jit(over_population(mesh, functools.partial(all_answers, task, part), 3))
-    return fetched(answer(data, *place(mesh, (tables, members, params), "population")))
+    return rows.reshape(len(plan.fold), -1)
 
 
 def _member_name(member: int, folds: int, seeds: int) -> str:

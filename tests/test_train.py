@@ -280,7 +280,7 @@ def test_statistics_of_the_user_apply_everywhere(sample):
 def test_validation_hears_the_validation_speakers_only(sample, jax_stack):
     dataset = dataset_of(sample)
     plan = train.make_plan(dataset, SMALL)
-    members = train.stack_members(dataset, plan, ours(dataset), SMALL, len(plan.train) + 1)
+    members = train.stack_members(dataset, plan, ours(dataset), SMALL, 8, len(plan.train) + 1)
     for tables, masks in ((members.train, plan.train), (members.validation, plan.validation)):
         for table, mask in zip(tables, masks):
             assert sorted(table[table >= 0]) == np.flatnonzero(mask).tolist()
@@ -303,17 +303,19 @@ def sequences_of(lengths, dim=6, seed=0):
 
 
 def pooled(sequences, query, spare=0):
-    """The pooled vectors of the program, with more chunks of padding than are needed if `spare`."""
+    """The pooled vectors of the program, with more room in each group than is needed if `spare`."""
     length, jnp = np.array([len(sequence) for sequence in sequences]), train.jnp
     centre = np.full(sequences[0].shape[1], 5, np.float32)
-    frames = train.Frames.of([sequence.copy() for sequence in sequences], centre)
-    label = np.zeros(len(length), np.int32)
-    dataset = train.Dataset(None, length, label, ("sad",), [], None, frames)
-    data = train.device_data(dataset)
-    task = train.Task(None, None, 1, int(frames.count.sum()) + spare, 1, train.unmixed)
-    chosen = jnp.array([*range(len(length)), -1])
+    frames = train.Frames.of([*map(np.copy, sequences), np.zeros((99, len(centre)), np.float32)], centre)
+    dataset = train.Dataset(None, np.append(length, 99), np.zeros(len(length) + 1, int), ("sad",), [], None, frames)
+    order = np.append(np.argsort(length), -1)
+    data = train.device_data(dataset, order[:, None])
+    groups = [(rows, longest + spare) for rows, longest in train.length_groups(order[:, None], dataset)]
+    task = train.Task(None, None, 1, groups, 1, train.unmixed, None)
     member = train.Member(*[None] * 4, centre + 1, np.full_like(centre, 2), None, None)
-    return np.asarray(train.pool({"query": jnp.asarray(query)}, member, train.fetch(task, data, chosen)))
+    found = np.asarray(train.pool({"query": jnp.asarray(query)}, member, train.fetch(task, data, jnp.asarray(order))))
+    assert np.isfinite(found).all()
+    return found[np.argsort(order[:-1])]
 
 
 def test_attentive_statistics_are_those_of_numpy(jax_stack):
@@ -325,7 +327,6 @@ def test_attentive_statistics_are_those_of_numpy(jax_stack):
         mean = weight @ x
         deviation = np.sqrt(np.maximum(weight @ np.square(x) - np.square(mean), 1e-6))
         np.testing.assert_allclose(row, np.concatenate([mean, deviation]), atol=2e-4)
-    assert np.isfinite(found).all()
 
 
 def test_padding_changes_no_pooled_vector(jax_stack):
@@ -356,16 +357,87 @@ def test_long_and_short_sequences_together_cost_little_padding(jax_stack):
     config = dataclasses.replace(SMALL, folds="5", batch=64)
     plan = train.make_plan(dataset, config)
     ours = stats.Stored(stats.Statistics(np.zeros(2), np.ones(2)), True, "")
-    task, _, _, members, _ = train.set_up(dataset, plan, ours, config)
-    assert 0 < train.padding_share(dataset, members.train, task) < 0.15
+    task = train.set_up(dataset, plan, ours, config).task
+    assert 0 < train.padding_share(dataset, task) < 0.15
+
+
+def test_the_groups_of_lengths_have_the_least_padding():
+    length = np.array([3, 4, 4, 9, 10, 30, 31, 33])
+    dataset = train.Dataset(None, length, None, (), [], None)
+    groups = train.length_groups(np.arange(8).reshape(4, 2), dataset)
+    assert groups == ((1, 4), (1, 9), (1, 30), (1, 33))
+    many = np.sort(np.random.default_rng(0).integers(1, 100, 40))
+    groups = train.length_groups(np.arange(40)[:, None], dataset._replace(length=many))
+    assert len(groups) == train.GROUPS
+    assert sum(rows for rows, _ in groups) == 40
+    found = sum(rows * longest for rows, longest in groups)
+    rng = np.random.default_rng(1)
+    for _ in range(200):
+        ends = [*np.sort(rng.choice(np.arange(1, 40), train.GROUPS - 1, replace=False)), 40]
+        assert found <= sum((end - begin) * many[end - 1] for begin, end in zip([0, *ends], ends))
+
+
+@pytest.fixture(scope="module")
+def sequences(tmp_path_factory, jax_stack):
+    """A population of sequences, whose members walk through the same batches."""
+    dataset = dataset_of(write_sequences(tmp_path_factory.mktemp("sequences") / "data"))
+    plan = train.make_plan(dataset, SMALL)
+    return Setting(train.set_up(dataset, plan, ours(dataset), SMALL), dataset, jax_stack)
+
+
+@pytest.fixture(scope="module")
+def sequences_outcome(sequences):
+    return sequences.run()
+
+
+def test_a_fold_of_sequences_in_the_population_is_the_fold_alone(sequences, sequences_outcome):
+    chosen = slice(2, 4)
+    _, alone, _ = sequences.run(sequences.of(sequences.members, chosen))
+    sequences.assert_equal(sequences.of(sequences_outcome[1].params, chosen), alone.params, rtol=0, atol=1e-5)
+
+
+def test_sequences_that_a_member_does_not_train_on_do_not_touch_it(sequences, sequences_outcome):
+    others = np.flatnonzero(~sequences.members.train[0])
+    rows, length = sequences.dataset.frames.rows.copy(), sequences.dataset.length
+    for utterance in others:
+        rows[sequences.dataset.frames.first[utterance] :][: length[utterance]] = 1e18
+    _, after, _ = sequences.run(rows=rows)
+    sequences.assert_equal(sequences.of(after.params, 0), sequences.of(sequences_outcome[1].params, 0))
+    assert after.skipped[0] == 0
+
+
+def test_a_member_validates_on_its_own_sequences(sequences, sequences_outcome):
+    _, after, measures = sequences_outcome
+    members, length, frames = sequences.members, sequences.dataset.length, sequences.dataset.frames
+    for member in range(2):
+        one, params = sequences.of(members, member), sequences.of(after.params, member)
+        arrays = train.flatten({name: sequences.jax.tree.map(lambda x: x[None], params[name]) for name in params})
+        arrays |= {"mean": one.mean, "scale": one.scale}
+        arrays |= {"params/linear/kernel": np.zeros((1, 12, 8)), "params/linear/bias": np.zeros((1, 8))}
+        model = train.Model((), 12, False, (), frozenset(), 0.0, 1.0, arrays)
+        heard = np.flatnonzero(one.validation)
+        own = [frames.rows[frames.first[n] :][: length[n]] + frames.centre for n in heard]
+        logits, _ = model.answers(*map(np.stack, zip(*map(model.pool, own))))
+        confusion = stats.confusion_matrix(sequences.dataset.label[heard], logits.argmax(1), 8)
+        assert measures["validation_ua"][-1, member] == pytest.approx(stats.scores(confusion)["ua"], abs=1e-5)
+        expected = stats.balanced_cross_entropy(logits, sequences.dataset.label[heard])
+        assert measures["validation_loss"][-1, member] == pytest.approx(expected, rel=1e-3)
+
+
+def test_the_linear_part_of_sequences_is_that_of_their_means(sequences):
+    dataset, jax = sequences.dataset._replace(frames=None), sequences.jax
+    means = train.set_up(dataset, train.make_plan(dataset, SMALL), ours(dataset), SMALL)
+    found = jax.jit(lambda: train.linear_parts(sequences.task, sequences.data, sequences.members))()
+    expected = jax.jit(lambda: train.linear_parts(means.task, means.data, means.members))()
+    sequences.assert_equal(found, expected, rtol=1e-2, atol=1e-3)
 
 
 def test_the_devices_of_a_cpu_share_one_copy_of_the_frames(jax_stack):
     frames = train.Frames.of(sequences_of([30, 3, 17, 40]), np.zeros(6, np.float32))
     dataset = many_speakers(1, 3)._replace(length=np.array([30, 3, 17, 40]), frames=frames)
     mesh = jax_stack.sharding.Mesh(np.array(jax_stack.devices("cpu")), ("population",))
-    shards = train.place(mesh, train.device_data(dataset)).chunks.addressable_shards
-    assert [shard.data.unsafe_buffer_pointer() for shard in shards] == [frames.chunks.ctypes.data] * mesh.size
+    shards = train.place(mesh, train.device_data(dataset, np.zeros((1, 1), int))).rows.addressable_shards
+    assert [shard.data.unsafe_buffer_pointer() for shard in shards] == [frames.rows.ctypes.data] * mesh.size
 
 
 def write_sequences(folder, seed=0):
@@ -499,12 +571,12 @@ def setting(tmp_path_factory, jax_stack):
 
 class Setting:
     def __init__(self, setup, dataset, jax):
-        self.task, self.mesh, self.data, self.members, _ = setup
+        self.task, self.mesh, self.data, self.members = setup
         self.dataset, self.jax, self.root = dataset, jax, jax.random.key(0)
 
-    def run(self, members=None, x=None):
+    def run(self, members=None, **changed):
         members = self.members if members is None else members
-        data = self.data if x is None else self.data._replace(x=x)
+        data = self.data._replace(**changed)
         mesh = train.population_mesh(len(members.fold))
         state = self.jax.vmap(lambda member: train.init_member(self.task, self.root, member))(members)
         program = self.jax.jit(lambda m, s, d: train.population_epochs(self.task, mesh, 0, d, m, s, 0))
@@ -743,7 +815,7 @@ def test_one_step_is_that_of_adamw_on_the_weighted_smoothed_loss(setting):
     state = train.init_member(task, setting.root, member)
     x, label = setting.dataset.x[:20], setting.dataset.label[:20]
     weight = member.class_weight[label] * (np.arange(20) < 17)
-    after, (loss, norm) = train.member_step(task, member, state, (x, label, weight), setting.root, 0.25)
+    after, (_, loss, norm) = train.member_step(task, member, state, (x, label, weight), setting.root, 0.25)
 
     def by_hand(params):
         logp = jax.nn.log_softmax(relu_forward(params))
@@ -855,7 +927,7 @@ def test_dropout_is_drawn_anew_for_each_step_and_never_in_validation(setting):
     label = setting.dataset.label[:20]
     batch = (setting.dataset.x[:20], label, member.class_weight[label])
     losses = [
-        train.member_step(setting.task, member, state, batch, setting.jax.random.key(k), 0.0)[1][0] for k in (1, 2)
+        train.member_step(setting.task, member, state, batch, setting.jax.random.key(k), 0.0)[1][1] for k in (1, 2)
     ]
     assert losses[0] != losses[1]
 
@@ -1838,7 +1910,8 @@ def test_a_second_run_on_one_folder_exits_before_jax_and_names_the_first(unbroke
 
 def started(unbroken, run, *more):
     """Start a run as a process of its own, with all calls saved."""
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import train; train.DUTY = 0\n{chr(10).join(more)}"
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import train; train.DUTY = 0\n{chr(10).join(more)}\n"
+    code += "import signal; [signal.signal(number, signal.SIG_DFL) for number in train.ENDING]"  # nohup ignores them
     code += "\nimport check_data; status = check_data.guarded(train.main); import os; os._exit(status)"
     return subprocess.Popen(
         [sys.executable, "-c", code, str(unbroken / "data"), "--out", str(run), *KEPT],
