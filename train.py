@@ -1167,27 +1167,31 @@ def train(
     if not np.isfinite(outcome.loss[:size]).all():
         raise TrainingError("no epoch of a fold had a finite validation loss; look at the features with check_data.py")
     settings = sweep_settings(config)
-    setting = Setting.stack([settings[number] for number in outcome.setting])
-    own = own._replace(setting=place(mesh, setting, "population"))
-    used = (np.arange(config.width) < setting.width[:, None])[:, None]  # (P, 1, W); the others must answer nothing
-    kernel, bias = (outcome.params["Dense_0"][name] for name in ("kernel", "bias"))
-    outcome.params["Dense_0"] = {"kernel": kernel * used, "bias": bias * used[:, 0]}
-    logits = compute_logits(task, mesh, data, own, outcome.params)[:size]
-    embedding = compute_embedding(task, mesh, data, dataset, plan, own, outcome.params)
+    own, weights = _as_chosen(mesh, own, outcome, settings)
+    logits = compute_logits(task, mesh, data, own, weights)[:size]
+    embedding = compute_embedding(task, mesh, data, dataset, plan, own, weights)
     solve = jax.jit(over_population(mesh, functools.partial(linear_parts, task), 1))
     linear = [part[:size] for part in fetched(solve(data, own))]
-    params = jax.tree.map(lambda leaf: leaf[:size], outcome.params)
+    params = jax.tree.map(lambda leaf: leaf[:size], weights)
     params, logits, choices = add_linear(dataset, plan, members, params, logits, linear)
     logits = logits.reshape(plan.folds + 1, config.seeds, *logits.shape[1:]).mean(1)
     sweep = []
     if config.sweep:
         chosen = outcome.setting[:size][:: config.seeds]  # of each fold: its seeds choose together
         sweep = sweep_table(settings, losses[:, :size][:, :: config.seeds], chosen)
-        for choice, number in zip(choices, chosen):
-            choice |= settings[number]._asdict()
+        choices = [choice | settings[number]._asdict() for choice, number in zip(choices, chosen)]
     return Trained(
         params, logits, embedding, outcome.best_epoch[:size], outcome.skipped[:size], history, choices, sweep
     )
+
+
+def _as_chosen(mesh: Any, members: Member, outcome: "Outcome", settings: list[Setting]) -> tuple[Member, dict]:
+    """Members with the setting that each of them ended up with, and its parameters; units out of use answer nothing."""
+    setting = Setting.stack([settings[number] for number in outcome.setting])
+    first = outcome.params["Dense_0"]
+    used = np.arange(first["bias"].shape[1]) < setting.width[:, None]  # (P, W)
+    first = {"kernel": first["kernel"] * used[:, None], "bias": first["bias"] * used}
+    return members._replace(setting=place(mesh, setting, "population")), outcome.params | {"Dense_0": first}
 
 
 class Setup(NamedTuple):
