@@ -258,10 +258,10 @@ def _directory(blob: bytes) -> tuple[Member, tuple[str, ...]]:
     return member, names
 
 
-def _unpacked(blob: bytes, member: Member) -> bytes | memoryview:
+def _unpacked(blob: bytes, member: Member, limit: int = MAX_ARRAY_BYTES) -> bytes | memoryview:
     """A member's bytes, inflated under a cap and checked against the CRC."""
-    if member.size > MAX_ARRAY_BYTES:
-        raise DataError("too-large", f"its array claims {member.size} bytes; the limit is {MAX_ARRAY_BYTES}")
+    if member.size > limit:
+        raise DataError("too-large", f"its array claims {member.size} bytes; the limit is {limit}")
     data = memoryview(blob)[member.start : member.stop]
     data = _inflated(data, member) if member.method == _DEFLATED else data[: member.size]
     if zlib.crc32(data) != member.crc:
@@ -361,16 +361,16 @@ def _finite(array: np.ndarray, nan_to_zero: bool) -> tuple[np.ndarray, float]:
     return array, float(np.square(array, dtype=np.float64).sum())
 
 
-def read_arrays(path: str | Path) -> dict[str, np.ndarray]:
-    """Read every array of an NPZ file as strictly as `read_features` does.
+def read_arrays(path: str | Path, limit: int = 1 << 34) -> dict[str, np.ndarray]:
+    """Read every array of an NPZ file of at most `limit` bytes as strictly as `read_features` does.
 
     Raises
     ------
     DataError
         Whatever is wrong with the file.
     """
-    blob = stats.read_bytes(path, 2 * MAX_ARRAY_BYTES)
-    return {member.name: stats.npy_array(_unpacked(blob, member)) for member in _members(blob)}
+    blob = stats.read_bytes(path, limit)
+    return {member.name: stats.npy_array(_unpacked(blob, member, limit)) for member in _members(blob)}
 
 
 # --- scanning a folder --------------------------------------------------------------------------------------------
@@ -573,7 +573,8 @@ def _walk(folder: Path, scan: Scan) -> Iterator[str]:
         if (status.st_dev, status.st_ino) in seen:
             continue  # a link that leads back
         seen.add((status.st_dev, status.st_ino))
-        if relative and {"model.npz", "config.json", "metrics.json"} <= {entry.name for entry in entries}:
+        names = {entry.name for entry in entries}
+        if {"model.npz", "config.json"} <= names or {"fusion.npz", "predictions.csv"} <= names:
             scan.hidden += len(entries)  # the results of a run that was saved in here
             continue
         for entry in entries:
@@ -828,7 +829,10 @@ def scan(
 
 
 def stream(
-    options: ScanOptions, result: Scan, progress: Callable[[int], None] = lambda files: None
+    options: ScanOptions,
+    result: Scan,
+    merge: tuple[str, ...] = (),
+    progress: Callable[[int], None] = lambda files: None,
 ) -> Iterator[tuple[emotions.Utterance, np.ndarray]]:
     """Read the files of a folder, or a single file, one at a time, for a model that knows its features already.
 
@@ -837,6 +841,8 @@ def stream(
     result
         Says where, how wide the features are, and whether flat vectors are cut into frames. What cannot be used is
         added to its findings.
+    merge
+        Emotions that the model folds into others, beside those of the options.
 
     Yields
     ------
@@ -848,20 +854,22 @@ def stream(
     UsageError
         If there is no such folder or file, or no NPZ file in it.
     """
-    path = result.directory
-    if path.is_dir() or not os.path.lexists(path):
-        files = sorted(_walk(folder(path), result))
+    place, wanted, asked = result.directory, _Wanted(options), _Wanted(options)
+    wanted.fold = _Wanted(dataclasses.replace(options, merge=merge)).fold | wanted.fold
+    if place.is_dir():
+        files = names = sorted(_walk(folder(place), result))
+    elif os.path.lexists(place):  # its folders may tell the emotion, or the speaker
+        files, names, place = [place.name], [os.sep.join(place.absolute().parts[-3:])], place.parent
     else:
-        path, files = path.parent, [path.name]
+        raise UsageError(f"{printable(str(place))}: no such file or folder{_suggestion(place.parent)}")
     if not files and not result.findings:
         raise UsageError(_nothing_found(result))
-    wanted = _Wanted(options)
-    for number, (file, name) in enumerate(zip(files, _named(files, options)), 1):
+    for number, (file, name) in enumerate(zip(files, _named(names, options)), 1):
         utterance = emotions.Utterance(file, "", None, None)
         if not isinstance(name, DataError):
-            utterance = dataclasses.replace(name.utterance, emotion=wanted(name.utterance.emotion))
+            utterance = dataclasses.replace(name.utterance, file=file, emotion=wanted(name.utterance.emotion))
         try:
-            array = read_features(path / file, options.transpose, options.nan_to_zero).array
+            array = read_features(place / file, options.transpose, options.nan_to_zero).array
             if misfit := _misfit(array.shape, result.dim, result.cuts_vectors):
                 raise DataError(*misfit)
         except DataError as error:
@@ -869,6 +877,8 @@ def stream(
         else:
             yield utterance, array.reshape(-1, result.dim)
         progress(number)
+    asked.seen = wanted.seen
+    asked.check()
 
 
 def _settle(result: Scan, options: ScanOptions, moments: dict[int, stats.RunningMoments]) -> None:

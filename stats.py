@@ -468,14 +468,25 @@ def save(folder: Path, statistics: Statistics, fingerprint: str) -> None:
 
 
 def rank_correlation(x: np.ndarray, reference: np.ndarray) -> np.ndarray:
-    """Spearman's rank correlation of each row of `x`, (N, D), with `reference`, (D,): shape (N,); ties stay in order.
+    """Spearman's rank correlation of each row of `x`, (N, D), with `reference`, (D,): shape (N,); equals share a rank.
 
     An encoder's embeddings share a mean that is large beside their deviations. The order of its dimensions is like a
     signature, which another scale or a few huge dimensions do not change.
     """
-    rank = np.argsort(np.argsort(np.vstack([x, reference]))).astype(float)
+    rank = np.stack([_ranks(row) for row in (*x, reference)])
     rank -= (rank.shape[1] - 1) / 2
-    return rank[:-1] @ rank[-1] / max(np.square(rank[-1]).sum(), 1)
+    size = np.sqrt(np.square(rank).sum(1))
+    return rank[:-1] @ rank[-1] / np.maximum(size[:-1] * size[-1], 1e-9)
+
+
+def _ranks(values: np.ndarray) -> np.ndarray:
+    order = np.argsort(values, kind="stable")
+    ranks = np.empty(len(values))
+    ranks[order] = np.arange(len(values))
+    in_order = values[order]
+    if (in_order[1:] == in_order[:-1]).any():
+        ranks = (np.searchsorted(in_order, values) + np.searchsorted(in_order, values, "right") - 1) / 2
+    return ranks
 
 
 # --- scores -------------------------------------------------------------------------------------------------------

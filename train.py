@@ -66,6 +66,8 @@ STEPS_AN_EPOCH = 16  # at least, for sets so small that whole batches would leav
 ENDING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 DUTY = 20  # times as long as a save of the state took, the next one waits; it is done in the background
 BAD_STEPS_END = 5  # steps in a row with a loss or gradient that is not finite
+FORMAT = 3  # of what a run leaves
+PROGRAM = 2  # counted up when the same options and data would train otherwise than before: no state outlives that
 SHOWN = 10  # rows of a table of the report; metrics.json has all
 
 
@@ -141,8 +143,10 @@ def run_training(config: Config) -> int:
     with RunLog() as told:
         with Keeper(run, _process_number() == 0) as keeper:
             metrics = train_and_score(config, keeper, told)
-        for file in (told.target.stream, sys.stdout) if metrics else ():
-            file.write(report_text(metrics, run, file))
+        if metrics:
+            sys.stdout.write(report_text(metrics, run, sys.stdout))
+            with contextlib.suppress(OSError):  # on a full disk the report has been shown, and report.html has it
+                told.target.stream.write(report_text(metrics, run, told.target.stream))
     return 0
 
 
@@ -233,8 +237,8 @@ def _refuse_foreign(run: Path, directory: Path) -> None:
     if run.resolve() == directory.resolve():
         raise check_data.UsageError(f"--out {name} is the folder of the features; choose another")
     try:
-        data = json.loads((run / "config.json").read_text())["data"]
-    except (OSError, ValueError, KeyError, TypeError):
+        data = json.loads(stats.read_bytes(run / "config.json"))["data"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return
     if data != str(directory.resolve()):
         told = check_data.printable(str(data))
@@ -819,10 +823,7 @@ def member_step(task: Task, member: Member, state: State, batch: tuple, key: Any
     smoothed = optax.smooth_labels(jax.nn.one_hot(label, task.classes), member.setting.label_smoothing)
 
     def loss_of(params):
-        pooled = pool(params, member, x)
-        if task.groups:  # what others train on could overflow
-            pooled = jnp.where(weight[:, None] > 0, pooled, 0)
-        mixed, target = task.mix(member.setting, mix_key, weight, pooled, smoothed)
+        mixed, target = task.mix(member.setting, mix_key, weight, pool(params, member, x), smoothed)
         logits, _ = task.network.apply({"params": params}, mixed, gate)
         return cross_entropy(logits, target, weight)
 
@@ -963,7 +964,16 @@ def population_epochs(
     """Several epochs of the whole population; the measures have shape (epochs, P), and `active` before each epoch."""
 
     def run(data, epoch, members, state):
-        return task.each(functools.partial(member_epoch, task, jax.random.key(seed), data, epoch))(members, state)
+        root = jax.random.key(seed)
+
+        def frozen(member, state):
+            return state, dict.fromkeys(("loss", "gradient_norm", "validation_loss", "validation_ua"), jnp.float32(0))
+
+        def of_one(member, state):  # one by one, a member that has stopped costs nothing
+            trained = functools.partial(member_epoch, task, root, data, epoch)
+            return jax.lax.cond(state.active, trained, frozen, member, state)
+
+        return task.each(of_one)(members, state)
 
     def one_epoch(state, epoch):
         active = state.active
@@ -986,11 +996,10 @@ def all_logits(task: Task, data: Data, members: Member, params: Any) -> Any:
 def own_hidden(task: Task, data: Data, tables: Any, members: Member, params: Any) -> Any:
     """Hidden layers of every member for its own table of utterances, (P, B, steps): (P, steps, B, W)."""
 
-    def of_one(arguments):
-        table, member, params = arguments
+    def of_one(table, member, params):
         return jax.lax.map(lambda chosen: answer_of(task, data, member, params, chosen)[1], table.T)
 
-    return jax.lax.map(of_one, (tables, members, params))
+    return one_by_one(of_one)(tables, members, params)
 
 
 def one_by_one(function: Callable) -> Callable:
@@ -1075,7 +1084,7 @@ def linear_parts(task: Task, data: Data, members: Member) -> tuple[Any, Any]:
 
         return jax.lax.map(solve, jnp.array(SHRINKAGES))
 
-    return jax.lax.map(of_one, members)
+    return one_by_one(of_one)(members)
 
 
 def add_linear(
@@ -1214,7 +1223,7 @@ def set_up(dataset: Dataset, plan: Plan, stored: stats.Stored, config: Config) -
     batch = min(config.batch, max(int(plan.train.sum(1).max()) // STEPS_AN_EPOCH, 2))
     members = stack_members(dataset, plan, stored, config, batch, -(-len(plan.train) // mesh.size) * mesh.size)
     if dataset.frames is None:
-        steps, groups = int(np.median((members.train >= 0).any(-2).sum(-1))), ()
+        steps, groups = int(np.median((members.train[: len(plan.train)] >= 0).any(-2).sum(-1))), ()
         everything = _tables(np.ones((1, len(dataset.label)), bool), dataset, batch)[0]
     else:
         everything = strata(np.arange(len(dataset.label)), dataset, round(batch / plan.train.mean()))
@@ -1290,11 +1299,11 @@ def length_groups(tables: np.ndarray, dataset: Dataset) -> tuple[tuple[int, int]
     for _ in range(min(GROUPS, len(longest))):
         begins.append((cost + own).argmin(1))
         cost = (cost + own).min(1)
-    groups, stop = [], len(longest)
+    groups, stop = {}, len(longest)
     for begin in reversed(begins):
-        groups.append((int(stop - begin[stop]), int(room[stop])))
+        groups[int(room[stop])] = int(stop - begin[stop]) + groups.get(int(room[stop]), 0)
         stop = begin[stop]
-    return tuple(reversed(groups))
+    return tuple((rows, frames) for frames, rows in reversed(groups.items()))
 
 
 def padding_share(dataset: Dataset, task: Task) -> float:
@@ -1459,10 +1468,11 @@ def _end_if_broken(worst_run: np.ndarray, first: int, folds: int, config: Config
     broken = np.flatnonzero(worst_run >= BAD_STEPS_END)
     if broken.size:
         names = ", ".join(sorted({_member_name(member, folds, config.seeds) for member in broken}))
+        kept = "; the state before them is kept, --fresh starts over" * (first > 0)
         raise TrainingError(
             f"epochs {first + 1} to {first + EPOCHS_A_CALL}: loss or gradient was NaN or Inf in {worst_run.max()}"
-            f" steps in a row (fold {names}); the state before them is kept. Look at the features with check_data.py,"
-            " and try a smaller --learning-rate with --fresh"
+            f" steps in a row (fold {names}); look at the features with check_data.py, and try a smaller"
+            f" --learning-rate{kept}"
         )
 
 
@@ -1620,14 +1630,15 @@ def save_run(
     """Write every artifact of a run; all are on the disk before the first replaces an older one."""
     final = jax.tree.map(lambda leaf: leaf[plan.folds * config.seeds :], trained.params)
     described = {
-        "format": 3,
+        "format": FORMAT,
         "classes": list(dataset.classes),
         "dim": scan.dim,
         "pooling": config.pooling if dataset.frames is not None else "mean",
         "cuts_vectors": scan.cuts_vectors,
         "temperature": trained.choices[-1]["temperature"],
         "likeness": float(stats.rank_correlation(dataset.x, stored.statistics.mean).min()),
-        "speakers": sorted({utterance.speaker for utterance in dataset.utterances} - {None}),
+        "rms": float(np.median([record.rms for record in scan.records])),
+        "speakers": sorted({utterance.speaker or "" for utterance in dataset.utterances}),
         "data": str(scan.directory.resolve()),
         "options": dataclasses.asdict(config),
     }
@@ -2176,7 +2187,11 @@ def _identity(config: Config, scan: check_data.Scan, dataset: Dataset, plan: Pla
     digest = hashlib.sha256(scan.fingerprint.encode())
     for array in (dataset.label, plan.fold, plan.train, plan.validation, *stored.statistics):
         digest.update(np.ascontiguousarray(array))
-    told = {"utterances": len(dataset.label), "fingerprint of the data": digest.hexdigest()[:16]}
+    told = {
+        "training program": PROGRAM,
+        "utterances": len(dataset.label),
+        "fingerprint of the data": digest.hexdigest()[:16],
+    }
     return json.loads(json.dumps({"options": options, "data": told}))  # as it comes back from a file
 
 
@@ -2259,8 +2274,9 @@ class Model(NamedTuple):
     dim: int
     cuts_vectors: bool
     merge: tuple[str, ...]
-    speakers: frozenset[str]  # whom it has heard
+    speakers: tuple[str, ...]  # whom it has heard; "" where a name did not tell
     likeness: float  # of the strangest utterance that it was trained on: see stats.rank_correlation
+    rms: float  # of the features of the utterance in the middle
     temperature: float
     arrays: dict[str, np.ndarray]  # those of model.npz; parameters have the seeds S as their first axis
 
@@ -2295,6 +2311,16 @@ class Model(NamedTuple):
             f" where all utterances had {self.likeness:.2f} or more"
         )
 
+    def is_new(self, speaker: str | None) -> bool:
+        """Whether the model has surely never heard a speaker: only names from one source can be compared."""
+        own = {heard.startswith("own:") for heard in self.speakers}
+        return (
+            bool(speaker)
+            and speaker not in self.speakers
+            and "" not in self.speakers
+            and own == {speaker.startswith("own:")}
+        )
+
 
 def load_model(run: Path) -> Model:
     """Read the model of a run.
@@ -2306,21 +2332,20 @@ def load_model(run: Path) -> Model:
     """
     name = check_data.printable(str(run))
     try:
-        described = json.loads((run / "config.json").read_text())
-        arrays = check_data.read_arrays(run / "model.npz")
-        classes, dim, pooling = tuple(map(str, described["classes"])), int(described["dim"]), described["pooling"]
-        model = Model(
-            classes,
-            dim,
-            bool(described["cuts_vectors"]),
-            tuple(described["options"]["merge"]),
-            frozenset(described["speakers"]),
-            float(described["likeness"]),
-            float(described["temperature"]),
-            arrays,
+        described = json.loads(stats.read_bytes(run / "config.json"))
+        if described.get("format") != FORMAT:
+            raise ValueError("it was made by another version of train.py; train again")
+        classes, merge, speakers = (
+            tuple(map(str, list(words)))
+            for words in (described["classes"], described["options"]["merge"], described["speakers"])
         )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise check_data.UsageError(f"{name} holds no finished model: {error}") from None
+        dim, pooling, cuts = int(described["dim"]), described["pooling"], bool(described["cuts_vectors"])
+        numbers = [float(described[number]) for number in ("likeness", "rms", "temperature")]
+        if not (np.isfinite(numbers).all() and min(numbers[1:]) > 0 and len(set(classes)) == len(classes)):
+            raise ValueError("its config.json is damaged")
+        arrays = check_data.read_arrays(run / "model.npz")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
+        raise check_data.UsageError(f"{name} holds no finished model: {check_data.printable(str(error))}") from None
     kernel = arrays.get("params/Dense_0/kernel", np.zeros(0))
     seeds, width = (kernel.shape[0], kernel.shape[-1]) if kernel.ndim else (0, 0)
     wanted = {
@@ -2335,26 +2360,29 @@ def load_model(run: Path) -> Model:
     } | ({} if pooling == "mean" else {"params/query": (seeds, dim)})
     if {path: array.shape for path, array in arrays.items()} != wanted:
         raise check_data.UsageError(f"{name}: config.json and model.npz do not belong together")
-    if not all(np.isfinite(array).all() for array in arrays.values()):
-        raise check_data.UsageError(f"{name}: the model holds NaN or Inf")
-    return model
+    if not all(np.isfinite(array).all() for array in arrays.values()) or arrays["scale"].min() <= 0:
+        raise check_data.UsageError(f"{name}: the model holds NaN or Inf, or a scale that is not above 0")
+    return Model(classes, dim, cuts, merge, speakers, *numbers, arrays)
 
 
 def run_prediction(config: Config) -> int:
     """Label a folder, or one file, with the final model of a run; labels in the names are compared, not needed."""
     run, given = Path(config.predict), Path(config.directory)
+    if _process_number() > 0:
+        return 0
     model = load_model(run)
-    out = Path(config.out or run / f"predict-{given.resolve().name.removesuffix('.npz')}")
+    out = Path(config.out or run / f"predict-{given.resolve().name}")
+    told = check_data.printable(str(out))
     if any((out / name).exists() for name in ("metrics.json", "lock")):
-        told = check_data.printable(str(out))
         raise check_data.UsageError(f"{told} holds the results of a training run; choose another --out")
+    if out.resolve() in (given.resolve(), given.resolve().parent) or (out.exists() and not out.is_dir()):
+        raise check_data.UsageError(f"--out {told} is where the features are, or a file; choose another")
     if config.dim not in (None, model.dim):
         raise check_data.UsageError(f"--dim says {config.dim}, and the model wants features {model.dim} wide")
     _refuse_other_statistics(model, given)
-    config = dataclasses.replace(config, merge=(*model.merge, *config.merge))
     scan = check_data.Scan(given, model.dim, cuts_vectors=model.cuts_vectors)
     utterances, logits, embedding = [], [], []
-    pooled = _pooled(model, scan, check_data.stream(config, scan, _scan_progress()))
+    pooled = _pooled(model, scan, check_data.stream(config, scan, model.merge, _scan_progress()))
     while batch := list(itertools.islice(pooled, 256)):
         heard, means, inputs = zip(*batch)
         found = model.answers(np.stack(means), np.stack(inputs))
@@ -2385,9 +2413,13 @@ def _refuse_other_statistics(model: Model, given: Path) -> None:
 def _pooled(
     model: Model, scan: check_data.Scan, read: Iterable[tuple[emotions.Utterance, np.ndarray]]
 ) -> Iterator[tuple[emotions.Utterance, np.ndarray, np.ndarray]]:
-    """What the model sees of each utterance; those of another encoder become findings."""
+    """What the model sees of each utterance; those of another encoder or of an absurd scale become findings."""
     for utterance, frames in read:
-        if told := model.unlike(frames.mean(0)):
+        rms = math.sqrt(np.square(frames, dtype=np.float64).mean())
+        if not model.rms / 1000 < rms < model.rms * 1000:
+            told = f"its values are about {rms:.3g} and those of the training set about {model.rms:.3g}"
+            scan.findings.append(check_data.Finding(utterance.file, "absurd-scale", told))
+        elif told := model.unlike(frames.mean(0)):
             scan.findings.append(check_data.Finding(utterance.file, "other-encoder", told))
         else:
             yield utterance, *model.pool(frames)
@@ -2425,22 +2457,23 @@ def _save_prediction(
     counts = ", ".join(f"{name} {(probability.argmax(1) == index).sum()}" for name, index in number.items())
     labelled = f"{len(rows)} file{'s' * (len(rows) > 1)} labelled"
     print(f"{labelled}, {len(scan.findings)} left out: {check_data.printable(counts)}")
-    speaker = np.array([utterance.speaker or "" for utterance in utterances])
-    _say_agreement(label, probability.argmax(1), speaker, model)
+    _say_agreement(label, probability.argmax(1), [utterance.speaker for utterance in utterances], model)
     print(check_data.printable(str(out / "predictions.csv")))
 
 
-def _say_agreement(label: np.ndarray, predicted: np.ndarray, speaker: np.ndarray, model: Model) -> None:
+def _say_agreement(label: np.ndarray, predicted: np.ndarray, speaker: list[str | None], model: Model) -> None:
     """Score the files whose names tell an emotion, -1 if they do not; only speakers new to the model count."""
-    counted = (label >= 0) & np.array([name not in {"", *model.speakers} for name in speaker.tolist()])
+    counted = (label >= 0) & np.array([model.is_new(name) for name in speaker])
     if counted.any():
-        told = speaker[counted], label[counted], predicted[counted]
-        _, confusions = stats.group_confusions(*told, len(model.classes))
+        heard = [name for name, counts in zip(speaker, counted) if counts]
+        _, confusions = stats.group_confusions(heard, label[counted], predicted[counted], len(model.classes))
         ua, (low, high) = stats.scores(confusions.sum(0))["ua"], stats.speaker_intervals(confusions, 0)["ua"]
-        whom = f"{counted.sum()} labelled files of {len(confusions)} speakers whom the model has never heard"
-        print(f"UA {ua:.4f} ({low:.4f} to {high:.4f}) on {whom}")
+        interval = f" ({low:.4f} to {high:.4f})" * (len(confusions) > 2)
+        print(
+            f"UA {ua:.4f}{interval} on {counted.sum()} files whose labels are known, of {len(confusions)} new speakers"
+        )
     if (label >= 0).any() and not counted.all():
-        print(f"{(~counted).sum()} not scored: no known label or speaker, or one that the model has heard")
+        print(f"{(~counted).sum()} not scored: no known label or speaker, or one that the model may have heard")
 
 
 # --- the device -----------------------------------------------------------------------------------------------------
@@ -2611,8 +2644,6 @@ def main(arguments: list[str] | None = None) -> int:
         status = run_training(config) if config.predict is None else run_prediction(config)
         sys.stdout.flush()
         return status
-    except BrokenPipeError:
-        raise
     except (check_data.UsageError, stats.DataError) as error:
         log.error("train.py: %s", error)
         return 2
@@ -2620,13 +2651,15 @@ def main(arguments: list[str] | None = None) -> int:
         log.error("train.py: %s", error)
         return 1
     except OSError as error:
+        if error.filename is None:  # standard output
+            raise
         log.error("train.py: %s: %s", check_data.printable(str(error.filename)), error.strerror)
         return 1
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):  # as jax says it
             raise
         told = check_data.printable((str(error).strip() or "no more memory").splitlines()[0])
-        log.error("train.py: OUT OF MEMORY (%s); try a smaller --batch, --seeds or --width, or --pooling mean", told)
+        log.error("train.py: OUT OF MEMORY (%s); training needs less with a smaller --batch, --seeds or --width", told)
         return 1
 
 

@@ -487,6 +487,10 @@ def test_a_stream_reads_a_single_file(tmp_path):
     write(tmp_path / "b.npz")
     read, _ = stream(tmp_path / "b.npz")
     assert [u.file for u, _ in read] == ["b.npz"]
+    (tmp_path / "sad").mkdir()
+    write(tmp_path / "sad" / "c.npz")
+    read, _ = stream(tmp_path / "sad" / "c.npz")
+    assert [(u.file, u.emotion) for u, _ in read] == [("c.npz", "sad")]  # its folder speaks for a single file too
     with pytest.raises(check_data.UsageError, match="no such"):
         stream(tmp_path / "c.npz")
 

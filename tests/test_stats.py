@@ -428,3 +428,7 @@ def test_rank_correlation_is_spearmans():
     np.testing.assert_allclose(found[:3], [1, 1, -1])
     rank = [np.argsort(np.argsort(row)) for row in (rows[3], reference)]
     assert found[3] == pytest.approx(np.corrcoef(*rank)[0, 1])
+    ties = np.array([[0, 0, 3, 1, 0, 2.0]])
+    ranks = [[1, 1, 5, 3, 1, 4], np.argsort(np.argsort(reference[:6]))]
+    assert stats.rank_correlation(ties, reference[:6])[0] == pytest.approx(np.corrcoef(*ranks)[0, 1])
+    assert stats.rank_correlation(np.zeros((1, 6)), reference[:6])[0] == 0

@@ -287,6 +287,16 @@ def test_validation_hears_the_validation_speakers_only(sample, jax_stack):
     assert members.fold.tolist() == [0, 0, 1, 1, 2, 2, 3, 3, -1]  # the last one only fills up the devices
 
 
+def test_the_number_of_steps_does_not_depend_on_the_devices(sample, jax_stack, monkeypatch):
+    dataset, config = dataset_of(sample), dataclasses.replace(SMALL, folds="2", seeds=1)
+    plan, steps = train.make_plan(dataset, config), []
+    for devices in (1, 2):
+        mesh = jax_stack.sharding.Mesh(np.array(jax_stack.devices()[:devices]), ("population",))
+        monkeypatch.setattr(train, "population_mesh", lambda members, mesh=mesh: mesh)
+        steps.append(train.set_up(dataset, plan, ours(dataset), config).task.steps)
+    assert steps[0] == steps[-1]
+
+
 def test_class_weights_make_classes_count_alike():
     label = np.array([0, 0, 0, 1, 2])
     weight = train.class_weights(label, np.array([[True] * 5, [True, True, False, True, False]]), 3)
@@ -366,6 +376,8 @@ def test_the_groups_of_lengths_have_the_least_padding():
     dataset = train.Dataset(None, length, None, (), [], None)
     groups = train.length_groups(np.arange(8).reshape(4, 2), dataset)
     assert groups == ((1, 4), (1, 9), (1, 30), (1, 33))
+    alike = train.length_groups(np.arange(40)[:, None], dataset._replace(length=np.full(40, 7)))
+    assert alike == ((40, 7),)
     many = np.sort(np.random.default_rng(0).integers(1, 100, 40))
     groups = train.length_groups(np.arange(40)[:, None], dataset._replace(length=many))
     assert len(groups) == train.GROUPS
@@ -414,7 +426,7 @@ def test_a_member_validates_on_its_own_sequences(sequences, sequences_outcome):
         arrays = train.flatten({name: sequences.jax.tree.map(lambda x: x[None], params[name]) for name in params})
         arrays |= {"mean": one.mean, "scale": one.scale}
         arrays |= {"params/linear/kernel": np.zeros((1, 12, 8)), "params/linear/bias": np.zeros((1, 8))}
-        model = train.Model((), 12, False, (), frozenset(), 0.0, 1.0, arrays)
+        model = train.Model((), 12, False, (), (), 0.0, 1.0, 1.0, arrays)
         heard = np.flatnonzero(one.validation)
         own = [frames.rows[frames.first[n] :][: length[n]] + frames.centre for n in heard]
         logits, _ = model.answers(*map(np.stack, zip(*map(model.pool, own))))
@@ -1450,12 +1462,62 @@ def test_prediction_scores_labelled_files_of_speakers_that_the_model_has_not_hea
     label, predicted = fusion["label"][unheard], fusion["probability"][unheard].argmax(1)
     ua = float(stats.scores(stats.confusion_matrix(label, predicted, 8))["ua"])
     assert f"UA {ua:.4f} (" in told
-    assert f") on {unheard.sum()} labelled files of 4 speakers whom the model has never heard\n" in told
+    assert f") on {unheard.sum()} files whose labels are known, of 4 new speakers\n" in told
     assert f"{(~unheard).sum()} not scored" in told
     rows = rows_of(tmp_path / "out" / "predictions.csv")
     assert [row["label"] for row in rows if row["file"] == "nameless.npz"] == [""]
     assert [row["label"] for row in rows if row["file"] == "cremad_1001_IOM_ANG_XX.npz"] == ["angry"]
     assert [row["code"] for row in rows_of(tmp_path / "out" / "skipped.csv")] == ["constant"]
+
+
+@pytest.mark.parametrize(
+    ("heard", "speaker", "new"),
+    [
+        (("ravdess:01",), "ravdess:02", True),
+        (("ravdess:01",), "cremad:1001", True),
+        (("ravdess:01",), "ravdess:01", False),
+        (("ravdess:01",), None, False),
+        (("", "ravdess:01"), "ravdess:02", False),  # anybody may be behind a name that tells nobody
+        ((), "ravdess:02", False),
+        (("own:1",), "ravdess:02", False),  # and behind names that somebody made up
+        (("ravdess:01",), "own:2", False),
+        (("own:1",), "own:2", True),
+    ],
+)
+def test_a_speaker_is_new_only_where_that_is_sure(heard, speaker, new):
+    assert train.Model((), 1, False, (), heard, 0.0, 1.0, 1.0, {}).is_new(speaker) == new
+
+
+def test_prediction_leaves_out_what_is_of_an_absurd_scale(trained, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(trained / "data", data)
+    files = sorted(path.name for path in data.glob("ravdess*"))[:4]
+    for name, factor in zip(files, (1e30, 1e36, 1e-30, 1e6)):
+        np.savez(data / name, emb=(np.load(data / name)["emb"] * np.float32(factor)).astype(np.float32))
+    assert train.main([str(data), "--predict", str(trained / "first"), "--out", str(tmp_path / "out")]) == 1
+    found = [(row["file"], row["code"]) for row in rows_of(tmp_path / "out" / "skipped.csv") if row["code"] != "empty"]
+    assert found == [(name, "absurd-scale") for name in files]
+    assert np.isfinite(np.load(tmp_path / "out" / "fusion.npz")["probability"]).all()
+
+
+def test_prediction_writes_nothing_among_the_features(trained, tmp_path, caplog):
+    data = tmp_path / "data"
+    shutil.copytree(trained / "data", data)
+    before = sorted(data.iterdir())
+    for given in (data, before[-1]):
+        assert train.main([str(given), "--predict", str(trained / "first"), "--out", str(data)]) == 2
+        assert "where the features are" in caplog.messages[-1]
+    assert sorted(data.iterdir()) == before
+    assert train.main([str(data), "--predict", str(trained / "first"), "--out", str(data / "out")]) == 1
+    result = check_data.scan(check_data.ScanOptions(str(data)))
+    assert len(result.records) == 112
+    assert train.main([str(trained / "first"), "--predict", str(trained / "first")]) == 2  # a run holds no features
+
+
+def test_prediction_says_which_class_no_file_has(trained, tmp_path, caplog):
+    arguments = [str(trained / "data"), "--predict", str(trained / "first"), "--out", str(tmp_path / "out")]
+    assert train.main([*arguments, "--classes", "hapyy"]) == 2
+    assert "hapyy" in caplog.messages[-1]
 
 
 def test_prediction_folds_labels_as_the_training_did(tmp_path, jax_stack):
@@ -1590,6 +1652,16 @@ def damage_model(run, **changes):
         lambda run: damage_config(run, classes=["happy", "sad"]),
         lambda run: damage_config(run, dim=12),
         lambda run: damage_config(run, dim="wide"),
+        lambda run: damage_config(run, dim=float("inf")),
+        lambda run: damage_config(run, likeness=10**400),
+        lambda run: damage_config(run, likeness=float("nan")),
+        lambda run: damage_config(run, temperature=float("nan")),
+        lambda run: damage_config(run, options={"merge": [1]}),
+        lambda run: damage_config(run, classes=["happy"] * 8),
+        lambda run: damage_config(run, format=2),
+        lambda run: (run / "config.json").write_text("[" * 200000),
+        lambda run: ((run / "config.json").unlink(), os.mkfifo(run / "config.json")),
+        lambda run: damage_model(run, scale=np.zeros(24, np.float32)),
         lambda run: damage_model(run, bias=None),
         lambda run: damage_model(run, scale=np.ones(3, np.float32)),
         lambda run: damage_model(run, mean=np.full(24, np.nan, np.float32)),
