@@ -963,17 +963,16 @@ def population_epochs(
 ) -> tuple[State, dict]:
     """Several epochs of the whole population; the measures have shape (epochs, P), and `active` before each epoch."""
 
+    def frozen(member, state):
+        return state, dict.fromkeys(("loss", "gradient_norm", "validation_loss", "validation_ua"), jnp.float32(0))
+
     def run(data, epoch, members, state):
-        root = jax.random.key(seed)
+        trained = functools.partial(member_epoch, task, jax.random.key(seed), data, epoch)
 
-        def frozen(member, state):
-            return state, dict.fromkeys(("loss", "gradient_norm", "validation_loss", "validation_ua"), jnp.float32(0))
-
-        def of_one(member, state):  # one by one, a member that has stopped costs nothing
-            trained = functools.partial(member_epoch, task, root, data, epoch)
+        def unless_frozen(member, state):  # vmap would run both, and copy the data for each member
             return jax.lax.cond(state.active, trained, frozen, member, state)
 
-        return task.each(of_one)(members, state)
+        return task.each(unless_frozen if task.each is one_by_one else trained)(members, state)
 
     def one_epoch(state, epoch):
         active = state.active

@@ -394,7 +394,9 @@ def sequences(tmp_path_factory, jax_stack):
     """A population of sequences, whose members walk through the same batches."""
     dataset = dataset_of(write_sequences(tmp_path_factory.mktemp("sequences") / "data"))
     plan = train.make_plan(dataset, SMALL)
-    return Setting(train.set_up(dataset, plan, ours(dataset), SMALL), dataset, jax_stack)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(train, "GROUPS", 2)  # they take long to compile
+        return Setting(train.set_up(dataset, plan, ours(dataset), SMALL), dataset, jax_stack)
 
 
 @pytest.fixture(scope="module")
