@@ -2327,7 +2327,7 @@ def load_model(run: Path) -> Model:
     Raises
     ------
     check_data.UsageError
-        If it is not there, damaged, or holds a NaN.
+        If it is not there, damaged, of another version, or holds a NaN.
     """
     name = check_data.printable(str(run))
     try:
@@ -2374,7 +2374,8 @@ def run_prediction(config: Config) -> int:
     told = check_data.printable(str(out))
     if any((out / name).exists() for name in ("metrics.json", "lock")):
         raise check_data.UsageError(f"{told} holds the results of a training run; choose another --out")
-    if out.resolve() in (given.resolve(), given.resolve().parent) or (out.exists() and not out.is_dir()):
+    features = given if given.is_dir() else given.parent
+    if out.resolve() == features.resolve() or (out.exists() and not out.is_dir()):
         raise check_data.UsageError(f"--out {told} is where the features are, or a file; choose another")
     if config.dim not in (None, model.dim):
         raise check_data.UsageError(f"--dim says {config.dim}, and the model wants features {model.dim} wide")
