@@ -1865,7 +1865,7 @@ def _shade(share: float) -> str:
 def _sweep_table(sweep: list[dict]) -> Table:
     """The settings with the best mean validation loss, and how many folds chose each."""
     title = f"settings by mean validation loss, {min(SHOWN, len(sweep))} of {len(sweep)}; metrics.json has all"
-    table = _table(title, [], [name.replace("_", " ") for name in sweep[0]])
+    table = _table(title, [], [name.replace("_", "\n") for name in sweep[0]])
     for row in sweep[:SHOWN]:
         table.add_row(*(f"{value:.4f}" if name == "validation_loss" else f"{value:g}" for name, value in row.items()))
     return table

@@ -1307,9 +1307,11 @@ def test_the_report_fits_80_columns(trained):
     codes = ["x" * 16 + str(n) for n in range(20)]
     first = {code: {"file": "f" * 90 + ".npz", "reason": "is not what it should be " * 5} for code in codes}
     many = {"left_out": dict.fromkeys(codes, 10**6), "left_out_first": first}
-    for more in ({}, {"notes": ["word " * 40]}, many):
+    sweep = [dict.fromkeys(train.SWEEP, 0.0125) | {"width": 256, "validation_loss": 0.123456, "folds": 24}] * 64
+    for more in ({}, {"notes": ["word " * 40]}, many, {"sweep": sweep}):
         shown = train.report_text(metrics | more, Path("run"), io.StringIO())
         assert max(map(len, shown.splitlines())) <= 80
+        assert "\N{HORIZONTAL ELLIPSIS}" not in shown  # nothing is cut off
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
