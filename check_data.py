@@ -831,6 +831,7 @@ def scan(
 def stream(
     options: ScanOptions,
     result: Scan,
+    rms: float,
     merge: tuple[str, ...] = (),
     progress: Callable[[int], None] = lambda files: None,
 ) -> Iterator[tuple[emotions.Utterance, np.ndarray]]:
@@ -841,6 +842,8 @@ def stream(
     result
         Says where, how wide the features are, and whether flat vectors are cut into frames. What cannot be used is
         added to its findings.
+    rms
+        Root of the mean square of the features that the model was trained on.
     merge
         Emotions that the model folds into others, beside those of the options.
 
@@ -869,13 +872,13 @@ def stream(
         if not isinstance(name, DataError):
             utterance = dataclasses.replace(name.utterance, file=file, emotion=wanted(name.utterance.emotion))
         try:
-            array = read_features(place / file, options.transpose, options.nan_to_zero).array
-            if misfit := _misfit(array.shape, result.dim, result.cuts_vectors):
-                raise DataError(*misfit)
+            read = read_features(place / file, options.transpose, options.nan_to_zero)
+            if fault := _misfit(read.array.shape, result.dim, result.cuts_vectors) or _off_scale(read.rms, rms):
+                raise DataError(*fault)
         except DataError as error:
             result.findings.append(Finding(file, error.code, error.reason))
         else:
-            yield utterance, array.reshape(-1, result.dim)
+            yield utterance, read.array.reshape(-1, result.dim)
         progress(number)
     asked.seen = wanted.seen
     asked.check()
@@ -930,11 +933,14 @@ def _absurd(result: Scan) -> dict[str, tuple[str, str]]:
     size = np.array([record.rms for record in result.records])
     if len(size) < 10 or not (middle := np.median(size)):
         return {}
-    return {
-        record.file: ("absurd-scale", f"its values are about {record.rms:.3g} and those of the set about {middle:.3g}")
-        for record in result.records
-        if not middle / 1000 < record.rms < middle * 1000
-    }
+    found = {record.file: _off_scale(record.rms, middle) for record in result.records}
+    return {file: fault for file, fault in found.items() if fault}
+
+
+def _off_scale(rms: float, usual: float) -> tuple[str, str] | None:
+    if usual / 1000 < rms < usual * 1000:
+        return None
+    return "absurd-scale", f"its values are about {rms:.3g} and those of the set about {usual:.3g}"
 
 
 def _duplicates(result: Scan, options: ScanOptions) -> dict[str, tuple[str, str]]:

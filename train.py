@@ -2382,7 +2382,7 @@ def run_prediction(config: Config) -> int:
     _refuse_other_statistics(model, given)
     scan = check_data.Scan(given, model.dim, cuts_vectors=model.cuts_vectors)
     utterances, logits, embedding = [], [], []
-    pooled = _pooled(model, scan, check_data.stream(config, scan, model.merge, _scan_progress()))
+    pooled = _pooled(model, scan, check_data.stream(config, scan, model.rms, model.merge, _scan_progress()))
     while batch := list(itertools.islice(pooled, 256)):
         heard, means, inputs = zip(*batch)
         found = model.answers(np.stack(means), np.stack(inputs))
@@ -2413,13 +2413,9 @@ def _refuse_other_statistics(model: Model, given: Path) -> None:
 def _pooled(
     model: Model, scan: check_data.Scan, read: Iterable[tuple[emotions.Utterance, np.ndarray]]
 ) -> Iterator[tuple[emotions.Utterance, np.ndarray, np.ndarray]]:
-    """What the model sees of each utterance; those of another encoder or of an absurd scale become findings."""
+    """What the model sees of each utterance; those of another encoder become findings."""
     for utterance, frames in read:
-        rms = math.sqrt(np.square(frames, dtype=np.float64).mean())
-        if not model.rms / 1000 < rms < model.rms * 1000:
-            told = f"its values are about {rms:.3g} and those of the training set about {model.rms:.3g}"
-            scan.findings.append(check_data.Finding(utterance.file, "absurd-scale", told))
-        elif told := model.unlike(frames.mean(0)):
+        if told := model.unlike(frames.mean(0)):
             scan.findings.append(check_data.Finding(utterance.file, "other-encoder", told))
         else:
             yield utterance, *model.pool(frames)

@@ -30,7 +30,7 @@ def scan(folder, keep_features=False, **options):
 def stream(folder, dim=12, cuts_vectors=False, **options):
     """What a model that wants features this wide gets from a folder, and the codes of what it does not get."""
     result = check_data.Scan(Path(folder), dim, cuts_vectors=cuts_vectors)
-    read = list(check_data.stream(check_data.ScanOptions(str(folder), **options), result))
+    read = list(check_data.stream(check_data.ScanOptions(str(folder), **options), result, 1.0))
     return read, {finding.file: finding.code for finding in result.findings}
 
 
@@ -460,7 +460,7 @@ def test_a_stream_reads_a_file_when_it_is_asked_for(tmp_path):
     for name in ("a", "b"):
         write(tmp_path / f"{name}.npz")
     result = check_data.Scan(tmp_path, 12)
-    read = check_data.stream(check_data.ScanOptions(str(tmp_path)), result)
+    read = check_data.stream(check_data.ScanOptions(str(tmp_path)), result, 1.0)
     next(read)
     (tmp_path / "b.npz").write_bytes(b"")
     assert list(read) == []
