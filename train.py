@@ -941,6 +941,10 @@ def validate(task: Task, data: Data, member: Member, params: Any) -> tuple[Any, 
 # --- training the population ----------------------------------------------------------------------------------------
 
 
+def init_population(task: Task, root: Any, members: Member) -> State:
+    return one_by_one(functools.partial(init_member, task, root))(members)  # half as long to compile as with vmap
+
+
 def keep_best(task: Task, members: Member, state: State, validation_loss: Any, epoch: Any) -> State:
     """Keep the parameters of the best epoch and stop the folds that no longer improve.
 
@@ -1042,12 +1046,19 @@ def fetched(tree: Any) -> Any:
 # --- the linear part ------------------------------------------------------------------------------------------------
 
 
-def linear_parts(task: Task, data: Data, members: Member) -> tuple[Any, Any]:
+def linear_parts(task: Task, data: Data, used: Any, wanted: Any, members: Member) -> tuple[Any, Any]:
     """Linear discriminant analysis of every member for each of the shrinkages, solved in closed form.
 
     It works on the mean over frames, normalised; classes count alike. The covariance within the classes is shrunk
     towards a multiple of the identity. Beside the hidden layer it gives what gradient descent finds slowly in
     hundreds of correlated features, and its errors are others.
+
+    Parameters
+    ----------
+    used
+        The utterances that each member is fitted to, shape (P, N).
+    wanted
+        The shrinkages that it is solved for, shape (P, shrinkages); the others get zeros.
 
     Returns
     -------
@@ -1055,17 +1066,12 @@ def linear_parts(task: Task, data: Data, members: Member) -> tuple[Any, Any]:
         Shapes (P, shrinkages, D, C) and (P, shrinkages, C).
     """
 
-    def of_one(member):
-        if task.groups:
-            used = jnp.where(member.train, 1.0, 0.0)
-        else:
-            place = jnp.where(member.train >= 0, member.train, len(data.label))
-            used = jnp.zeros(len(data.label)).at[place].set(1.0, mode="drop")
+    def of_one(used, wanted, member):
         x = (data.x - member.mean) / member.scale
         true = jax.nn.one_hot(data.label, task.classes) * used[:, None]  # (N, C)
         count = true.sum(0)
         centre = (true.T @ x) / jnp.maximum(count, 1)[:, None]  # (C, D)
-        rest = jnp.where(used[:, None] > 0, x - true @ centre, 0)
+        rest = jnp.where(used[:, None], x - true @ centre, 0)
         spread = jnp.maximum(jnp.sqrt(jnp.square(rest).sum(0) / used.sum()), 0.03)  # (D,), of about 1
         rest, centre = rest / spread, centre / spread
         covariance = rest.T @ rest / used.sum()
@@ -1081,42 +1087,68 @@ def linear_parts(task: Task, data: Data, members: Member) -> tuple[Any, Any]:
             bias = jnp.where(count > 0, bias, bias @ seen + jnp.log(1e-6))
             return kernel / spread[:, None], bias
 
-        return jax.lax.map(solve, jnp.array(SHRINKAGES))
+        nothing = jnp.zeros((len(spread), task.classes)), jnp.zeros(task.classes)
+        return jax.lax.map(
+            lambda case: jax.lax.cond(case[1], solve, lambda _: nothing, case[0]), (jnp.array(SHRINKAGES), wanted)
+        )
 
-    return one_by_one(of_one)(members)
+    return one_by_one(of_one)(used, wanted, members)
 
 
 def add_linear(
-    dataset: Dataset, plan: Plan, members: Member, params: dict, logits: np.ndarray, linear: tuple[np.ndarray, ...]
+    dataset: Dataset, plan: Plan, members: Member, params: dict, logits: np.ndarray, solve: Callable
 ) -> tuple[dict, np.ndarray, list[dict]]:
     """Put the linear parts beside the hidden layers, both with their weights in them.
 
-    `linear` is what linear_parts gave. Returns the parameters, the logits, shape (P, N, C), and for each fold what
-    was chosen.
+    `solve` is linear_parts of all members. Each gets the mean of two: fitted to its training speakers, by which the
+    validation speakers choose, and to both. Where speakers are few a model cannot do without those who chose; and
+    the first, which differ between the seeds, are the better for their mean.
+
+    Returns
+    -------
+    tuple
+        The parameters, the logits, shape (P, N, C), and for each fold what was chosen.
     """
-    seeds = len(logits) // (plan.folds + 1)
-    usable = np.isfinite(linear[0]).all((2, 3)) & np.isfinite(linear[1]).all(2)  # no class may vary in a small set
-    kernel, bias = (np.where(_stretched(usable, part), part, 0) for part in linear)
-    blends, sums = [], []
+    size = len(logits)
+    seeds, every = size // (plan.folds + 1), np.arange(size)
+    kernel, bias = solve(plan.train, np.ones((size, len(SHRINKAGES)), bool))
+    blends = []
     for fold in range(plan.folds + 1):
         own = range(fold * seeds, (fold + 1) * seeds)
         parts = np.stack([linear_logits(dataset.x, members.mean[m], members.scale[m], kernel[m], bias[m]) for m in own])
         heard = [np.flatnonzero(plan.validation[member]) for member in own]
         blends.append(stats.choose_blend(logits[own.start : own.stop], parts, heard, dataset.label))
-        shrinkage, a, b, temperature = blends[-1]
-        sums.append((a * logits[own.start : own.stop] + b * parts[:, shrinkage]) / temperature)
     chosen, hidden, weight, temperature = (np.repeat(values, seeds) for values in zip(*blends))
     hidden, weight = hidden / temperature, weight / temperature
-    every = np.arange(len(logits))
+    of_both = solve(plan.train | plan.validation, np.arange(len(SHRINKAGES)) == chosen[:, None])
+    kernel, bias = (
+        _stretched(weight, one[:, 0]) * (one[every, chosen] + other[every, chosen]) / 2
+        for one, other in zip((kernel, bias), of_both)
+    )
     scaled = {
         "Dense_1": jax.tree.map(lambda leaf: leaf * _stretched(hidden, leaf), params["Dense_1"]),
-        "linear": {
-            "kernel": kernel[every, chosen] * _stretched(weight, kernel[every, chosen]),
-            "bias": bias[every, chosen] * _stretched(weight, bias[every, chosen]),
-        },
+        "linear": {"kernel": kernel, "bias": bias},
     }
+    sums = [
+        hidden[m] * logits[m] + linear_logits(dataset.x, members.mean[m], members.scale[m], kernel[m], bias[m])
+        for m in every
+    ]
     told = [blend._asdict() | {"shrinkage": SHRINKAGES[blend.shrinkage]} for blend in blends]
-    return params | jax.tree.map(np.float32, scaled), np.concatenate(sums), told
+    return params | jax.tree.map(np.float32, scaled), np.stack(sums), told
+
+
+def linear_solver(task: Task, mesh: Any, data: Data, members: Member, size: int) -> Callable:
+    """linear_parts for the first `size` members, on the host; what varies too little to be solved is 0."""
+    program = jax.jit(over_population(mesh, functools.partial(linear_parts, task), 3))
+
+    def solve(used, wanted):
+        fill = (0, len(members.fold) - size), (0, 0)
+        masks = place(mesh, (np.pad(used, fill), np.pad(wanted, fill)), "population")
+        kernel, bias = (part[:size] for part in fetched(program(data, *masks, members)))
+        usable = np.isfinite(kernel).all((2, 3)) & np.isfinite(bias).all(2)
+        return [np.where(_stretched(usable, part), part, 0) for part in (kernel, bias)]
+
+    return solve
 
 
 def linear_logits(
@@ -1178,10 +1210,9 @@ def train(
     own, weights = _as_chosen(mesh, own, outcome, settings)
     logits = compute_logits(task, mesh, data, own, weights)[:size]
     embedding = compute_embedding(task, mesh, data, dataset, plan, own, weights)
-    solve = jax.jit(over_population(mesh, functools.partial(linear_parts, task), 1))
-    linear = [part[:size] for part in fetched(solve(data, own))]
+    solve = linear_solver(task, mesh, data, own, size)
     params = jax.tree.map(lambda leaf: leaf[:size], weights)
-    params, logits, choices = add_linear(dataset, plan, members, params, logits, linear)
+    params, logits, choices = add_linear(dataset, plan, members, params, logits, solve)
     logits = logits.reshape(plan.folds + 1, config.seeds, *logits.shape[1:]).mean(1)
     sweep = []
     if config.sweep:
@@ -1358,7 +1389,7 @@ def train_population(
         The best outcome of each fold, the validation losses, shape (settings, P), and the rows of history.csv.
     """
     config, rows, settings = task.config, len(members.fold), sweep_settings(task.config)
-    init = jax.jit(over_population(mesh, jax.vmap(functools.partial(init_member, task), (None, 0)), 1))
+    init = jax.jit(over_population(mesh, functools.partial(init_population, task), 1))
     program = jax.jit(functools.partial(population_epochs, task, mesh))
 
     def with_setting(number):
@@ -2487,6 +2518,8 @@ def start_jax() -> str:
     platforms, reason = choose_platform(*probe_gpu(), has_cuda, os.environ.get("JAX_PLATFORMS", ""))
     if platforms:
         os.environ["JAX_PLATFORMS"] = platforms
+    # Of scipy's OpenBLAS, which factors the covariances: each device has a core, and threads would wait for each other.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     import flax.linen as nn
     import jax
     import jax.numpy as jnp

@@ -396,7 +396,7 @@ def sequences(tmp_path_factory, jax_stack):
     plan = train.make_plan(dataset, SMALL)
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(train, "GROUPS", 2)  # they take long to compile
-        return Setting(train.set_up(dataset, plan, ours(dataset), SMALL), dataset, jax_stack)
+        return Setting(train.set_up(dataset, plan, ours(dataset), SMALL), dataset, plan, jax_stack)
 
 
 @pytest.fixture(scope="module")
@@ -439,11 +439,9 @@ def test_a_member_validates_on_its_own_sequences(sequences, sequences_outcome):
 
 
 def test_the_linear_part_of_sequences_is_that_of_their_means(sequences):
-    dataset, jax = sequences.dataset._replace(frames=None), sequences.jax
-    means = train.set_up(dataset, train.make_plan(dataset, SMALL), ours(dataset), SMALL)
-    found = jax.jit(lambda: train.linear_parts(sequences.task, sequences.data, sequences.members))()
-    expected = jax.jit(lambda: train.linear_parts(means.task, means.data, means.members))()
-    sequences.assert_equal(found, expected, rtol=1e-2, atol=1e-3)
+    dataset, plan = sequences.dataset._replace(frames=None), sequences.plan
+    means = Setting(train.set_up(dataset, plan, ours(dataset), SMALL), dataset, plan, sequences.jax)
+    sequences.assert_equal(sequences.linear(), means.linear(), rtol=1e-2, atol=1e-3)
 
 
 def test_the_devices_of_a_cpu_share_one_copy_of_the_frames(jax_stack):
@@ -511,16 +509,18 @@ def catching(function, caught):
 
 
 def test_the_linear_part_is_shrunken_discriminant_analysis(setting):
-    kernel, bias = setting.jax.jit(lambda: train.linear_parts(setting.task, setting.data, setting.members))()
+    wanted = np.ones((len(setting.plan.train), len(train.SHRINKAGES)), bool)
+    wanted[5, 1:] = False
+    kernel, bias = setting.linear(wanted=wanted)
+    assert not kernel[5, 1:].any() and not bias[5, 1:].any()
     for member in (0, 5):
-        own = setting.of(setting.members, member)
-        used = np.unique(own.train[own.train >= 0])
+        own, used = setting.of(setting.members, member), np.flatnonzero(setting.plan.train[member])
         x, label = (setting.dataset.x[used] - own.mean) / own.scale, setting.dataset.label[used]
         centre = np.stack([x[label == c].mean(0) for c in range(8)])
         rest = (x - centre[label]).astype(np.float64)
         spread = rest.std(0)
         rest = rest / spread
-        for shrinkage, k, b in zip(train.SHRINKAGES, kernel[member], bias[member]):
+        for shrinkage, k, b in zip(np.array(train.SHRINKAGES)[wanted[member]], kernel[member], bias[member]):
             covariance = (1 - shrinkage) * rest.T @ rest / len(rest) + shrinkage * np.eye(24)
             expected = np.linalg.solve(covariance, (centre / spread).T) / spread[:, None]
             np.testing.assert_allclose(k, expected, rtol=1e-2, atol=1e-3)
@@ -528,13 +528,37 @@ def test_the_linear_part_is_shrunken_discriminant_analysis(setting):
 
 
 def test_a_class_that_was_not_trained_on_never_wins_the_linear_part(setting):
-    label = setting.dataset.label
-    train_without = np.where(label[setting.members.train] == 7, -1, setting.members.train)
-    members = setting.members._replace(train=train_without)
-    kernel, bias = setting.jax.jit(lambda: train.linear_parts(setting.task, setting.data, members))()
+    members = setting.members
+    kernel, bias = setting.linear(setting.plan.train & (setting.dataset.label != 7))
     for member in (0, 5):
         x = (setting.dataset.x - members.mean[member]) / members.scale[member]
         assert not np.any((x @ kernel[member, 0] + bias[member, 0]).argmax(1) == 7)
+
+
+def test_the_linear_part_is_the_mean_of_two_of_which_the_second_hears_the_validation_speakers(setting):
+    plan, seeds, asked = setting.plan, 2, []
+
+    def solve(used, wanted):
+        asked.append((used, wanted))
+        return setting.linear(used, wanted)
+
+    rng = np.random.default_rng(0)
+    size, hidden = len(plan.train), {"Dense_1": {"bias": np.zeros((len(plan.train), 8))}}
+    logits = rng.normal(size=(size, len(plan.fold), 8))
+    params, sums, told = train.add_linear(setting.dataset, plan, setting.members, hidden, logits, solve)
+    (first, every), (second, chosen) = asked
+    assert every.all() and (first == plan.train).all() and (second == plan.train | plan.validation).all()
+    for member, (fold, test) in enumerate((m // seeds, plan.fold == m // seeds) for m in range(size)):
+        assert not second[member, test].any()
+        assert np.array(train.SHRINKAGES)[chosen[member]] == [told[fold]["shrinkage"]]
+        parts = [setting.linear(used)[0][member][chosen[member]] for used in (first, second)]
+        weight = told[fold]["linear"] / told[fold]["temperature"]
+        kernel = params["linear"]["kernel"][member]
+        np.testing.assert_allclose(kernel, weight * np.mean(parts, 0)[0], rtol=1e-3, atol=1e-5)
+        x = (setting.dataset.x - setting.members.mean[member]) / setting.members.scale[member]
+        expected = told[fold]["hidden"] / told[fold]["temperature"] * logits[member]
+        expected += x @ kernel + params["linear"]["bias"][member]
+        np.testing.assert_allclose(sums[member], expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -580,13 +604,18 @@ def setting(tmp_path_factory, jax_stack):
     folder = write_sample(tmp_path_factory.mktemp("setting") / "data", actors=4, dim=24)
     dataset = dataset_of(folder)
     plan = train.make_plan(dataset, SMALL)
-    return Setting(train.set_up(dataset, plan, ours(dataset), SMALL), dataset, jax_stack)
+    return Setting(train.set_up(dataset, plan, ours(dataset), SMALL), dataset, plan, jax_stack)
 
 
 class Setting:
-    def __init__(self, setup, dataset, jax):
+    def __init__(self, setup, dataset, plan, jax):
         self.task, self.mesh, self.data, self.members = setup
-        self.dataset, self.jax, self.root = dataset, jax, jax.random.key(0)
+        self.dataset, self.plan, self.jax, self.root = dataset, plan, jax, jax.random.key(0)
+
+    def linear(self, used=None, wanted=None):
+        used = self.plan.train if used is None else used
+        wanted = np.ones((len(used), len(train.SHRINKAGES)), bool) if wanted is None else wanted
+        return train.linear_solver(self.task, self.mesh, self.data, self.members, len(used))(used, wanted)
 
     def run(self, members=None, **changed):
         members = self.members if members is None else members
