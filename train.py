@@ -37,6 +37,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -67,7 +68,7 @@ ENDING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if h
 DUTY = 20  # times as long as a save of the state took, the next one waits; it is done in the background
 BAD_STEPS_END = 5  # steps in a row with a loss or gradient that is not finite
 FORMAT = 3  # of what a run leaves
-PROGRAM = 2  # counted up when the same options and data would train otherwise than before: no state outlives that
+PROGRAM = 3  # counted up when the same options and data would train otherwise than before: no state outlives that
 SHOWN = 10  # rows of a table of the report; metrics.json has all
 
 
@@ -778,18 +779,26 @@ def dropout_gate(task: Task, setting: Setting, key: Any, batch: int) -> Any:
     return jnp.where(byte >= dropped, 256 / (256 - dropped), 0) * units(task, setting)
 
 
-def init_member(task: Task, root: Any, member: Member) -> State:
-    key = jax.random.fold_in(root, member.number)
-    pooled = jnp.concatenate([member.mean] * (2 if task.groups else 1))[None]
-    params = task.network.init(key, pooled, jnp.ones((1, task.config.width)))["params"]
-    # flax scales by all units of the layer before, of which fewer may be in use
-    wider = jnp.sqrt(task.config.width / member.setting.width)
-    params["Dense_1"]["kernel"] = params["Dense_1"]["kernel"] * wider
+def init_member(task: Task, seed: int, member: Member) -> State:
+    """First state of a member, with LeCun's variance; on the host, since the compiler takes long for random numbers."""
+    random = np.random.default_rng([seed, int(member.number)])
+
+    def dense(inputs, outputs, used):
+        kernel = random.standard_normal((int(inputs), outputs), np.float32) / np.sqrt(np.float32(used))
+        return {"kernel": kernel, "bias": np.zeros(outputs, np.float32)}
+
+    pooled, width = len(member.mean) * (2 if task.groups else 1), task.config.width
+    params = {"Dense_0": dense(pooled, width, pooled), "Dense_1": dense(width, task.classes, member.setting.width)}
     if task.groups:
-        params["query"] = jnp.zeros_like(member.mean)
-    nothing, zero = jax.tree.map(jnp.zeros_like, params), jnp.int32(0)
-    never = jnp.float32(jnp.inf)
-    return State(params, nothing, nothing, zero, params, never, zero, member.fold >= 0, zero, zero, zero)
+        params["query"] = np.zeros(len(member.mean), np.float32)
+    nothing, zero = jax.tree.map(np.zeros_like, params), np.int32(0)
+    never = np.float32(np.inf)
+    return State(params, nothing, nothing, zero, params, never, zero, np.bool_(member.fold >= 0), zero, zero, zero)
+
+
+def init_population(task: Task, seed: int, members: Member) -> State:
+    first = [init_member(task, seed, jax.tree.map(itemgetter(m), members)) for m in range(len(members.fold))]
+    return jax.tree.map(lambda *leaves: np.stack(leaves), *first)
 
 
 # --- training one model: a step, an epoch, its validation -----------------------------------------------------------
@@ -939,10 +948,6 @@ def validate(task: Task, data: Data, member: Member, params: Any) -> tuple[Any, 
 
 
 # --- training the population ----------------------------------------------------------------------------------------
-
-
-def init_population(task: Task, root: Any, members: Member) -> State:
-    return one_by_one(functools.partial(init_member, task, root))(members)  # half as long to compile as with vmap
 
 
 def keep_best(task: Task, members: Member, state: State, validation_loss: Any, epoch: Any) -> State:
@@ -1389,7 +1394,6 @@ def train_population(
         The best outcome of each fold, the validation losses, shape (settings, P), and the rows of history.csv.
     """
     config, rows, settings = task.config, len(members.fold), sweep_settings(task.config)
-    init = jax.jit(over_population(mesh, functools.partial(init_population, task), 1))
     program = jax.jit(functools.partial(population_epochs, task, mesh))
 
     def with_setting(number):
@@ -1397,7 +1401,7 @@ def train_population(
         return members._replace(setting=place(mesh, setting, "population"))
 
     def start(number, best, losses, history):
-        state = init(jax.random.key(config.seed), with_setting(number))
+        state = init_population(task, config.seed, fetched(with_setting(number)))
         return Progress(number, 0, state, best, losses, history)
 
     progress = keeper.resume(start(0, None, [], []))
