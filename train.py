@@ -784,7 +784,7 @@ def init_member(task: Task, seed: int, member: Member) -> State:
     random = np.random.default_rng([seed, int(member.number)])
 
     def dense(inputs, outputs, used):
-        kernel = random.standard_normal((int(inputs), outputs), np.float32) / np.sqrt(np.float32(used))
+        kernel = random.standard_normal((inputs, outputs), np.float32) / np.sqrt(np.float32(used))
         return {"kernel": kernel, "bias": np.zeros(outputs, np.float32)}
 
     pooled, width = len(member.mean) * (2 if task.groups else 1), task.config.width
@@ -1160,7 +1160,8 @@ def linear_logits(
     x: np.ndarray, mean: np.ndarray, scale: np.ndarray, kernel: np.ndarray, bias: np.ndarray
 ) -> np.ndarray:
     """Logits of several linear parts on the same features: x (N, D), kernel (..., D, C), bias (..., C): (..., N, C)."""
-    return ((x - mean) / scale @ kernel + bias[..., None, :]).astype(np.float64)
+    score = np.tensordot((x - mean) / scale, kernel, (1, -2))  # (N, ..., C)
+    return (np.moveaxis(score, 0, -2) + bias[..., None, :]).astype(np.float64)
 
 
 # --- training from the host -----------------------------------------------------------------------------------------
@@ -2662,6 +2663,7 @@ def keep_compiled() -> None:
     if not stat.S_ISDIR(state.st_mode) or state.st_uid != os.getuid() or state.st_mode & 0o077:
         log.info(f"compile cache: none, {check_data.printable(str(folder))} is not a folder of yours alone (mode 0700)")
         return
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)  # all but the smallest: together a second
     jax.config.update("jax_compilation_cache_dir", str(folder))
 
 
