@@ -37,7 +37,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -779,26 +778,29 @@ def dropout_gate(task: Task, setting: Setting, key: Any, batch: int) -> Any:
     return jnp.where(byte >= dropped, 256 / (256 - dropped), 0) * units(task, setting)
 
 
-def init_member(task: Task, seed: int, member: Member) -> State:
-    """First state of a member, with LeCun's variance; on the host, since the compiler takes long for random numbers."""
-    random = np.random.default_rng([seed, int(member.number)])
+def init_population(task: Task, seed: int, members: Member) -> State:
+    """First state of the members, with LeCun's variance; on the host: random numbers take the compiler long."""
+    numbers = members.number.tolist()
+    randoms = [np.random.default_rng([seed, number]) for number in numbers]
+
+    def zeros(*shape):
+        return np.zeros((len(numbers), *shape), np.float32)
 
     def dense(inputs, outputs, used):
-        kernel = random.standard_normal((inputs, outputs), np.float32) / np.sqrt(np.float32(used))
-        return {"kernel": kernel, "bias": np.zeros(outputs, np.float32)}
+        kernel = zeros(inputs, outputs)
+        for random, own in zip(randoms, kernel):
+            random.standard_normal(out=own, dtype=np.float32)
+        kernel /= np.sqrt(np.broadcast_to(used, len(numbers)).astype(np.float32))[:, None, None]
+        return {"kernel": kernel, "bias": zeros(outputs)}
 
-    pooled, width = len(member.mean) * (2 if task.groups else 1), task.config.width
-    params = {"Dense_0": dense(pooled, width, pooled), "Dense_1": dense(width, task.classes, member.setting.width)}
+    dim = members.mean.shape[1]
+    pooled, width = dim * (2 if task.groups else 1), task.config.width
+    params = {"Dense_0": dense(pooled, width, pooled), "Dense_1": dense(width, task.classes, members.setting.width)}
     if task.groups:
-        params["query"] = np.zeros(len(member.mean), np.float32)
-    nothing, zero = jax.tree.map(np.zeros_like, params), np.int32(0)
-    never = np.float32(np.inf)
-    return State(params, nothing, nothing, zero, params, never, zero, np.bool_(member.fold >= 0), zero, zero, zero)
-
-
-def init_population(task: Task, seed: int, members: Member) -> State:
-    first = [init_member(task, seed, jax.tree.map(itemgetter(m), members)) for m in range(len(members.fold))]
-    return jax.tree.map(lambda *leaves: np.stack(leaves), *first)
+        params["query"] = zeros(dim)
+    mu, nu = (jax.tree.map(lambda leaf: zeros(*leaf.shape[1:]), params) for _ in range(2))
+    count = np.zeros(len(numbers), np.int32)
+    return State(params, mu, nu, count, params, zeros() + np.inf, count, members.fold >= 0, count, count, count)
 
 
 # --- training one model: a step, an epoch, its validation -----------------------------------------------------------

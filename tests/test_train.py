@@ -612,6 +612,11 @@ class Setting:
         self.task, self.mesh, self.data, self.members = setup
         self.dataset, self.plan, self.jax, self.root = dataset, plan, jax, jax.random.key(0)
 
+    def first(self, member):
+        """First state of a member, alone."""
+        alone = self.jax.tree.map(lambda leaf: np.asarray(leaf)[None], member)
+        return self.jax.tree.map(lambda leaf: leaf[0], train.init_population(self.task, 0, alone))
+
     def linear(self, used=None, wanted=None):
         used = self.plan.train if used is None else used
         wanted = np.ones((len(used), len(train.SHRINKAGES)), bool) if wanted is None else wanted
@@ -636,6 +641,19 @@ class Setting:
                 np.testing.assert_allclose(left, right, **tolerance)
             else:
                 np.testing.assert_array_equal(left, right)
+
+
+def test_members_start_apart_with_the_variance_of_the_units_in_use(setting):
+    task = setting.task._replace(config=dataclasses.replace(SMALL, width=400))
+    width = np.full(len(setting.members.fold), 400, np.float32)
+    width[1] = 100
+    members = setting.members._replace(setting=setting.members.setting._replace(width=width))
+    state = train.init_population(task, 0, members)
+    first, last = (state.params[name]["kernel"] for name in ("Dense_0", "Dense_1"))
+    np.testing.assert_allclose(first.std((1, 2)), 1 / np.sqrt(24), rtol=0.05)
+    np.testing.assert_allclose(last.std((1, 2)), 1 / np.sqrt(width), rtol=0.05)
+    assert len(np.unique(first[:, 0, 0])) == len(first)
+    assert not np.array_equal(first, train.init_population(task, 1, members).params["Dense_0"]["kernel"])
 
 
 @pytest.fixture(scope="module")
@@ -855,7 +873,7 @@ def test_one_step_is_that_of_adamw_on_the_weighted_smoothed_loss(setting):
     task = setting.task._replace(config=config)
     member = setting.of(setting.members, 0)
     member = member._replace(setting=train.Setting.of(config))
-    state = train.init_member(task, 0, member)
+    state = setting.first(member)
     x, label = setting.dataset.x[:20], setting.dataset.label[:20]
     weight = member.class_weight[label] * (np.arange(20) < 17)
     after, (_, loss, norm) = train.member_step(task, member, state, (x, label, weight), setting.root, 0.25)
@@ -885,7 +903,7 @@ def test_one_step_is_that_of_adamw_on_the_weighted_smoothed_loss(setting):
 def test_ten_updates_are_those_of_optax(setting):
     jax, jnp, optax = setting.jax, setting.jax.numpy, train.optax
     member = setting.of(setting.members, 0)
-    state = train.init_member(setting.task, 0, member)
+    state = setting.first(member)
     reference = optax.chain(
         optax.clip_by_global_norm(0.3),
         optax.adamw(lambda n: 1e-3 * 0.5 * (1 + jnp.cos(jnp.pi * n / 10)), weight_decay=0.01),
@@ -922,7 +940,7 @@ def test_a_narrow_member_is_the_network_of_that_width(setting):
     """Units that are not in use change nothing: neither the logits nor, by their gradient, any parameter in use."""
     member = setting.of(setting.members, 0)
     member = member._replace(setting=member.setting._replace(width=np.float32(5)))
-    state = train.init_member(setting.task, 0, member)
+    state = setting.first(member)
     chosen = np.arange(6)
     before, _ = train.answer_of(setting.task, setting.data, member, state.params, chosen)
     state.params["Dense_1"]["kernel"][5:] = 9.0
@@ -966,7 +984,7 @@ def test_bfloat16_products_leave_parameters_and_logits_float32(setting):
 
 def test_dropout_is_drawn_anew_for_each_step_and_never_in_validation(setting):
     member = setting.of(setting.members, 0)
-    state = train.init_member(setting.task, 0, member)
+    state = setting.first(member)
     label = setting.dataset.label[:20]
     batch = (setting.dataset.x[:20], label, member.class_weight[label])
     losses = [
@@ -981,7 +999,7 @@ def test_every_epoch_has_its_own_order(setting):
     task = setting.task._replace(config=config)
     member = setting.of(setting.members, 0)
     member = member._replace(setting=member.setting._replace(dropout=0.0))
-    state = train.init_member(task, 0, member)
+    state = setting.first(member)
     member = setting.jax.device_put(member)
     kernels = [
         train.member_epoch(task, setting.root, setting.data, epoch, member, state)[0].params["Dense_0"]["kernel"]
