@@ -1038,7 +1038,12 @@ def over_population(mesh: Any, function: Callable, stacked: int) -> Callable:
 
 def place(mesh: Any, tree: Any, axis: str | None = None) -> Any:
     """Put arrays on the devices: all on each, or their first axis shared among them."""
-    return jax.device_put(tree, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(axis)))
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(axis))
+    if axis and jax.process_count() > 1:  # device_put would gather from all hosts what each has, to compare it
+        return jax.tree.map(
+            lambda leaf: jax.make_array_from_callback(np.shape(leaf), sharding, np.asarray(leaf).__getitem__), tree
+        )
+    return jax.device_put(tree, sharding)
 
 
 def fetched(tree: Any) -> Any:
@@ -1127,9 +1132,11 @@ def add_linear(
         blends.append(stats.choose_blend(logits[own.start : own.stop], parts, heard, dataset.label))
     chosen, hidden, weight, temperature = (np.repeat(values, seeds) for values in zip(*blends))
     hidden, weight = hidden / temperature, weight / temperature
+    if jax.process_count() > 1:  # two settings may be so near that hosts would choose differently
+        chosen = _from_first(chosen)
     of_both = solve(plan.train | plan.validation, np.arange(len(SHRINKAGES)) == chosen[:, None])
     kernel, bias = (
-        _stretched(weight, one[:, 0]) * (one[every, chosen] + other[every, chosen]) / 2
+        np.float32(_stretched(weight, one[:, 0]) * (one[every, chosen] + other[every, chosen]) / 2)
         for one, other in zip((kernel, bias), of_both)
     )
     scaled = {
@@ -2665,8 +2672,10 @@ def keep_compiled() -> None:
     if not stat.S_ISDIR(state.st_mode) or state.st_uid != os.getuid() or state.st_mode & 0o077:
         log.info(f"compile cache: none, {check_data.printable(str(folder))} is not a folder of yours alone (mode 0700)")
         return
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)  # all but the smallest: together a second
     jax.config.update("jax_compilation_cache_dir", str(folder))
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+        # By itself jax keeps what took a second. All but the first of our programs take less, and together one.
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
 # --- the program ----------------------------------------------------------------------------------------------------

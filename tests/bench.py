@@ -42,7 +42,7 @@ import stats  # noqa: E402
 import train  # noqa: E402
 
 DIM, WIDTH, CLASSES, SPEAKERS = 768, 256, 8, 115
-FIRST_EPOCHS = 4  # of train.train's first call, which compiles; taken off again to leave the compilation out
+FIRST_EPOCHS = 4  # of the first call of the program, which compiles; taken off again to leave the compilation out
 #: Starts a process and tells what it took; small, since Linux counts in a child's peak what its parent held.
 LAUNCHER = """import json, os, subprocess, sys, time
 started = time.perf_counter()
@@ -335,12 +335,11 @@ def bench_train(options: argparse.Namespace) -> None:
 
     Each run is a process of its own. Ours runs for E + 4 epochs and for 4, since it compiles before the first; their
     difference is the time of E epochs without the compilation (lost in noise where E is small), and the time with it
-    is that of the short run and (E - 4) / E of the difference. `train.train` is all that it does beyond that work, E
-    epochs and the compilation included. `of peak` sets the operations of the matrix products
-    of the training steps, over the time without compilation, against the fastest median of a product of two
-    2048 x 2048 matrices in jax, measured on the same device in the same run.
+    is that of the short run and (E - 4) / E of the difference. `all of train.train` does more than the others: it adds
+    the linear parts, the logits of all models for all utterances, and hidden layers. `of peak` sets the operations of
+    the matrix products of the training steps, over the time without compilation, against the fastest median of a
+    product of two 2048 x 2048 matrices in jax, measured on the same device in the same run.
     """
-    names = {"torch": "PyTorch loop", "sklearn": "scikit-learn MLP *"}
     names = {"torch": "PyTorch loop", "sklearn": "scikit-learn MLP *"}
     names = {module: name for module, name in names.items() if installed(module, name)}
     names = {"ours": "ours", "whole": "all of train.train"} | names
@@ -367,12 +366,12 @@ def training_rows(runs: dict[str, list[dict]], epochs: int, names: dict[str, str
     costs = {key: np.array([answer["cost"] for answer in answers]) for key, answers in runs.items()}
     peak = max(answer["peak"] for answers in runs.values() for answer in answers)
     flops, batch = runs["ours"][0]["flops"] * epochs / (epochs + FIRST_EPOCHS), runs["ours"][0]["batch"]
-    bare = costs | {"ours": costs["ours"] - costs["short"]}  # the others compile nothing: both of their times are one
-    whole = costs | {"ours": costs["short"] + (1 - FIRST_EPOCHS / epochs) * bare["ours"]}
+    bare = costs | {"ours": costs["ours"] - costs["short"]}  # the other tools compile nothing
+    compiled = costs | {"ours": costs["short"] + (1 - FIRST_EPOCHS / epochs) * bare["ours"]}
     rows = []
     for key, name in names.items():
         cells = [name, str(batch)]
-        for part in (whole, bare):
+        for part in (compiled, bare):
             cells += [f"{value:.2f}" for value in np.median(part[key], 0)]
             cells += [f"{value:.2f}" for value in np.median(part[key] / part["ours"], 0)]
         del cells[5]  # what the cores took with the compilation tells nothing new

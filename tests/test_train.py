@@ -512,6 +512,8 @@ def test_the_linear_part_is_shrunken_discriminant_analysis(setting):
     wanted = np.ones((len(setting.plan.train), len(train.SHRINKAGES)), bool)
     wanted[5, 1:] = False
     kernel, bias = setting.linear(wanted=wanted)
+    fewer = setting.linear(setting.plan.train[:7], wanted[:7])  # the last row then fills up the devices
+    setting.assert_equal(fewer, [kernel[:7], bias[:7]])
     assert not kernel[5, 1:].any() and not bias[5, 1:].any()
     for member in (0, 5):
         own, used = setting.of(setting.members, member), np.flatnonzero(setting.plan.train[member])
@@ -543,7 +545,7 @@ def test_the_linear_part_is_the_mean_of_two_of_which_the_second_hears_the_valida
         return setting.linear(used, wanted)
 
     rng = np.random.default_rng(0)
-    size, hidden = len(plan.train), {"Dense_1": {"bias": np.zeros((len(plan.train), 8))}}
+    size, hidden = len(plan.train), {"Dense_1": {"bias": np.ones((len(plan.train), 8))}}
     logits = rng.normal(size=(size, len(plan.fold), 8))
     params, sums, told = train.add_linear(setting.dataset, plan, setting.members, hidden, logits, solve)
     (first, every), (second, chosen) = asked
@@ -556,7 +558,9 @@ def test_the_linear_part_is_the_mean_of_two_of_which_the_second_hears_the_valida
         kernel = params["linear"]["kernel"][member]
         np.testing.assert_allclose(kernel, weight * np.mean(parts, 0)[0], rtol=1e-3, atol=1e-5)
         x = (setting.dataset.x - setting.members.mean[member]) / setting.members.scale[member]
-        expected = told[fold]["hidden"] / told[fold]["temperature"] * logits[member]
+        share = told[fold]["hidden"] / told[fold]["temperature"]
+        np.testing.assert_allclose(params["Dense_1"]["bias"][member], share, rtol=1e-6)
+        expected = share * logits[member]
         expected += x @ kernel + params["linear"]["bias"][member]
         np.testing.assert_allclose(sums[member], expected, rtol=1e-4, atol=1e-4)
 
@@ -652,7 +656,7 @@ def test_members_start_apart_with_the_variance_of_the_units_in_use(setting):
     first, last = (state.params[name]["kernel"] for name in ("Dense_0", "Dense_1"))
     np.testing.assert_allclose(first.std((1, 2)), 1 / np.sqrt(24), rtol=0.05)
     np.testing.assert_allclose(last.std((1, 2)), 1 / np.sqrt(width), rtol=0.05)
-    assert len(np.unique(first[:, 0, 0])) == len(first)
+    assert len(np.unique(first[:, 0, 0])) == len(setting.plan.train)  # rows that fill up the devices repeat the last
     assert not np.array_equal(first, train.init_population(task, 1, members).params["Dense_0"]["kernel"])
 
 
@@ -1114,12 +1118,14 @@ def test_compiled_programs_are_kept_where_nobody_else_can_write(jax_stack, tmp_p
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     caplog.set_level("INFO")
+    monkeypatch.delenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", raising=False)
     kept = []
-    monkeypatch.setattr(
-        train.jax.config, "update", lambda name, value: kept.append(value) if name.endswith("cache_dir") else None
-    )
+    monkeypatch.setattr(train.jax.config, "update", lambda *told: kept.append(told))
     train.keep_compiled()
-    (folder,) = map(Path, kept)
+    (name, folder), threshold = kept
+    assert name == "jax_compilation_cache_dir"
+    assert threshold == ("jax_persistent_cache_min_compile_time_secs", 0.1)
+    folder = Path(folder)
     assert folder.parent == tmp_path
     assert folder.stat().st_mode & 0o777 == 0o700
     folder.chmod(0o770)
@@ -1127,7 +1133,7 @@ def test_compiled_programs_are_kept_where_nobody_else_can_write(jax_stack, tmp_p
     folder.rmdir()
     folder.symlink_to(tmp_path)
     train.keep_compiled()
-    assert len(kept) == 1
+    assert len(kept) == 2
     assert caplog.text.count("is not a folder of yours alone") == 2
 
 
