@@ -1217,12 +1217,11 @@ def train(
     task, mesh, data, members = set_up(dataset, plan, stored, config)
     if task.groups:
         log.info(f"sequences: {padding_share(dataset, task):.1%} of the frames that are computed are padding")
-    own = place(mesh, members, "population")
-    outcome, losses, history = train_population(task, mesh, data, own, plan.folds, keeper or Keeper())
+    outcome, losses, history = train_population(task, mesh, data, members, plan.folds, keeper or Keeper())
     if not np.isfinite(outcome.loss[:size]).all():
         raise TrainingError("no epoch of a fold had a finite validation loss; look at the features with check_data.py")
     settings = sweep_settings(config)
-    own, weights = _as_chosen(mesh, own, outcome, settings)
+    own, weights = _as_chosen(mesh, members, outcome, settings)
     logits = compute_logits(task, mesh, data, own, weights)[:size]
     embedding = compute_embedding(task, mesh, data, dataset, plan, own, weights)
     solve = linear_solver(task, mesh, data, own, size)
@@ -1245,7 +1244,7 @@ def _as_chosen(mesh: Any, members: Member, outcome: "Outcome", settings: list[Se
     first = outcome.params["Dense_0"]
     used = np.arange(first["bias"].shape[1]) < setting.width[:, None]  # (P, W)
     first = {"kernel": first["kernel"] * used[:, None], "bias": first["bias"] * used}
-    return members._replace(setting=place(mesh, setting, "population")), outcome.params | {"Dense_0": first}
+    return place(mesh, members._replace(setting=setting), "population"), outcome.params | {"Dense_0": first}
 
 
 class Setup(NamedTuple):
@@ -1407,11 +1406,10 @@ def train_population(
     program = jax.jit(functools.partial(population_epochs, task, mesh))
 
     def with_setting(number):
-        setting = Setting.stack([settings[number]] * rows)
-        return members._replace(setting=place(mesh, setting, "population"))
+        return members._replace(setting=Setting.stack([settings[number]] * rows))
 
     def start(number, best, losses, history):
-        state = init_population(task, config.seed, fetched(with_setting(number)))
+        state = init_population(task, config.seed, with_setting(number))
         return Progress(number, 0, state, best, losses, history)
 
     progress = keeper.resume(start(0, None, [], []))
@@ -1419,8 +1417,8 @@ def train_population(
         if config.sweep:
             told = ", ".join(f"{name} {value:g}" for name, value in settings[progress.setting]._asdict().items())
             log.info(f"setting {progress.setting + 1} of {len(settings)}: {told}")
-        progress = progress._replace(state=place(mesh, progress.state, "population"))
-        progress = _train_setting(program, config, data, with_setting(progress.setting), progress, folds, keeper)
+        own, state = place(mesh, (with_setting(progress.setting), progress.state), "population")
+        progress = _train_setting(program, config, data, own, progress._replace(state=state), folds, keeper)
         best, losses = _with_outcome(progress)
         if progress.setting + 1 == len(settings):
             return best, np.stack(losses), progress.history

@@ -216,6 +216,7 @@ class Problem(NamedTuple):
     label: np.ndarray
     dataset: Any
     plan: Any
+    stored: stats.Stored
     config: Any
 
 
@@ -235,24 +236,21 @@ def problem(utterances: int, batch: int, epochs: int) -> Problem:
     config = train.Config("none", folds="5", seeds=1, epochs=epochs, patience=epochs, batch=batch, width=WIDTH)
     plan = train.make_plan(dataset, config)
     smaller = int(plan.train.sum(1).max()) // getattr(train, "STEPS_AN_EPOCH", 1)
-    return Problem(x, label, dataset, plan, dataclasses.replace(config, batch=min(batch, max(smaller, 2))))
+    stored = stats.Stored(stats.Moments.of(x).statistics(), False, "benchmark")
+    return Problem(x, label, dataset, plan, stored, dataclasses.replace(config, batch=min(batch, max(smaller, 2))))
 
 
 def prepare_ours(given: Problem) -> tuple[str, Callable[[], Any]]:
-    device, stored = train.start_jax(), stats.Stored(stats.Moments.of(given.x).statistics(), False, "benchmark")
-
     def run() -> None:
-        task, mesh, data, members = train.set_up(given.dataset, given.plan, stored, given.config)
-        members = train.place(mesh, members, "population")
+        task, mesh, data, members = train.set_up(given.dataset, given.plan, given.stored, given.config)
         train.train_population(task, mesh, data, members, given.plan.folds, train.Keeper())
 
-    return device, run
+    return train.start_jax(), run
 
 
 def prepare_whole(given: Problem) -> tuple[str, Callable[[], Any]]:
     """More than the others do: also the linear parts, the logits of all models for all utterances, hidden layers."""
-    device, stored = train.start_jax(), stats.Stored(stats.Moments.of(given.x).statistics(), False, "benchmark")
-    return device, lambda: train.train(given.dataset, given.plan, stored, given.config)
+    return train.start_jax(), lambda: train.train(given.dataset, given.plan, given.stored, given.config)
 
 
 def prepare_torch(given: Problem) -> tuple[str, Callable[[], Any]]:
