@@ -676,9 +676,7 @@ class State(NamedTuple):
     """What training changes; stacked along P. `best` are the parameters of the best epoch so far."""
 
     params: Any
-    mu: Any  # moving mean of the gradient
-    nu: Any  # and of its square
-    updates: Any  # () made so far
+    optimizer: Any  # optax's own state
     best: Any
     best_loss: Any  # () mean validation loss of the fold
     best_epoch: Any  # ()
@@ -798,9 +796,11 @@ def init_population(task: Task, seed: int, members: Member) -> State:
     params = {"Dense_0": dense(pooled, width, pooled), "Dense_1": dense(width, task.classes, members.setting.width)}
     if task.groups:
         params["query"] = zeros(dim)
-    mu, nu = (jax.tree.map(lambda leaf: zeros(*leaf.shape[1:]), params) for _ in range(2))
+    first = jax.tree.map(lambda leaf: leaf[0], params)
+    shapes = jax.eval_shape(build_optimizer(task.config, Setting(*[0.0] * len(Setting._fields)), 0.0).init, first)
+    memory = jax.tree.map(lambda leaf: np.zeros((len(numbers), *leaf.shape), leaf.dtype), shapes)
     count = np.zeros(len(numbers), np.int32)
-    return State(params, mu, nu, count, params, zeros() + np.inf, count, members.fold >= 0, count, count, count)
+    return State(params, memory, params, zeros() + np.inf, count, members.fold >= 0, count, count, count)
 
 
 # --- training one model: a step, an epoch, its validation -----------------------------------------------------------
@@ -844,36 +844,33 @@ def member_step(task: Task, member: Member, state: State, batch: tuple, key: Any
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)
     working = state.active & (weight.sum() > 0)
     bad_run = jnp.where(working, jnp.where(finite, 0, state.bad_run + 1), state.bad_run)
-    factor = jnp.minimum(1, task.config.clip / jnp.maximum(norm, 1e-30))
-    state = adamw(member.setting, state, gradient, factor, working & finite, progress)
+    optimizer = build_optimizer(task.config, member.setting, progress)
+
+    def update(params, memory):
+        updates, memory = optimizer.update(gradient, memory, params)
+        return optax.apply_updates(params, updates), memory
+
+    def keep(params, memory):
+        return params, memory
+
+    params, memory = jax.lax.cond(working & finite, update, keep, state.params, state.optimizer)
     state = state._replace(
-        skipped=state.skipped + (working & ~finite), bad_run=bad_run, worst_run=jnp.maximum(state.worst_run, bad_run)
+        params=params,
+        optimizer=memory,
+        skipped=state.skipped + (working & ~finite),
+        bad_run=bad_run,
+        worst_run=jnp.maximum(state.worst_run, bad_run),
     )
     return state, jnp.where(working, jnp.stack([jnp.ones_like(loss), loss, norm]), 0)
 
 
-def adamw(setting: Setting, state: State, gradient: Any, factor: Any, keep: Any, progress: Any) -> State:
-    """One update of AdamW (Loshchilov and Hutter 2019) with a cosine, or none where `keep` is false.
+def build_optimizer(config: Config, setting: Setting, progress: Any) -> Any:
+    """Clipped AdamW (Loshchilov and Hutter 2019) for one step of one member, at its place in a cosine schedule.
 
-    The numbers are those of optax.clip_by_global_norm, whose `factor` it is, and optax.adamw in a chain. It is written
-    out for the barrier: without it the compiler computes both moments again for the parameters from the old ones,
-    which it must copy for that; and a step of a small network is bound by the memory that it moves.
+    It is built inside the traced step, from the member's own traced numbers; its state does not depend on them.
     """
-
-    def moved(rate, old, new):
-        return _where(keep, jax.tree.map(lambda o, n: rate * o + (1 - rate) * n, old, new), old)
-
-    gradient = jax.tree.map(lambda slope: factor * slope, gradient)
-    mu = moved(0.9, state.mu, gradient)
-    nu = moved(0.999, state.nu, jax.tree.map(jnp.square, gradient))
-    mu, nu = jax.lax.optimization_barrier((mu, nu))
-    updates = state.updates + keep
-    rate = jnp.where(keep, setting.learning_rate * 0.5 * (1 + jnp.cos(jnp.pi * progress)), 0)
-    step = rate / (1 - 0.9 ** jnp.maximum(updates, 1))
-    wide = jax.lax.rsqrt(1 - 0.999 ** jnp.maximum(updates, 1))
-    decay = 1 - rate * setting.weight_decay
-    params = jax.tree.map(lambda p, m, v: decay * p - step * m / (wide * jnp.sqrt(v) + 1e-8), state.params, mu, nu)
-    return state._replace(params=params, mu=mu, nu=nu, updates=updates)
+    rate = setting.learning_rate * 0.5 * (1 + jnp.cos(jnp.pi * progress))
+    return optax.chain(optax.clip_by_global_norm(config.clip), optax.adamw(rate, weight_decay=setting.weight_decay))
 
 
 def _where(condition: Any, new: Any, old: Any) -> Any:
