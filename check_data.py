@@ -642,7 +642,7 @@ def _by_pattern(files: list[str], text: str) -> Iterator[Named | DataError]:
         if match and match["emotion"]:
             fields = match.groupdict()
             yield Named(
-                emotions.own_utterance(file, fields.pop("emotion"), fields.pop("speaker", None), fields), "pattern"
+                emotions.custom_utterance(file, fields.pop("emotion"), fields.pop("speaker", None), fields), "pattern"
             )
         else:
             yield DataError("unknown-name", f"{stem!r} does not match the pattern")
@@ -667,13 +667,13 @@ def _by_table(files: list[str], table: Path) -> Iterator[Named | DataError]:
         stem = emotions.without_extensions(file).replace(os.sep, "/")
         row = known.get(stem) or known.get(stem.rpartition("/")[2])
         if row and (row["emotion"] or "").strip():
-            yield Named(emotions.own_utterance(file, row["emotion"], row.get("speaker")), "table")
+            yield Named(emotions.custom_utterance(file, row["emotion"], row.get("speaker")), "table")
         else:
             yield DataError("not-in-table", f"has no line in {name}" if not row else f"has no emotion in {name}")
 
 
 def _words(text: str) -> list[str]:
-    return [emotions.fold_emotion(word) for word in text.split(",") if word.strip()]
+    return [emotions.normalise_emotion(word) for word in text.split(",") if word.strip()]
 
 
 class _Wanted:

@@ -402,7 +402,7 @@ def make_plan(dataset: Dataset, config: Config) -> Plan:
     train, validation = [], []
     for current in range(folds + 1):  # the last one is the final model
         rest = fold != current
-        if scheme and scheme.next_block_validates and current < folds:
+        if scheme and scheme.next_fold_validates and current < folds:
             held_out = [rest & (fold == (current + 1) % folds)] * config.seeds
         else:
             held_out, note = _rotation(rest, speaker, dataset.label, config)
@@ -440,7 +440,7 @@ def _test_folds(scheme: str, speaker: np.ndarray, label: np.ndarray, seed: int) 
     """Number the fold in which each utterance is tested, shape (N,)."""
     present = np.unique(speaker)
     if scheme in emotions.SCHEMES:
-        blocks = emotions.SCHEMES[scheme].test
+        blocks = emotions.SCHEMES[scheme].test_speakers
         fold_of = {name: fold for fold, block in enumerate(blocks) for name in block}
         strange = [name for name in present if name not in fold_of]
         if strange:

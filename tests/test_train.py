@@ -169,7 +169,7 @@ def test_no_block_is_empty_while_there_are_groups():
 
 def test_the_official_blocks_are_the_test_folds():
     plan = train.make_plan(many_speakers(24), dataclasses.replace(SMALL, folds="luna-ravdess"))
-    for fold, block in enumerate(emotions.SCHEMES["luna-ravdess"].test):
+    for fold, block in enumerate(emotions.SCHEMES["luna-ravdess"].test_speakers):
         assert set(plan.speaker[plan.fold == fold]) == set(block)
 
 
@@ -179,7 +179,7 @@ def test_the_next_block_validates_where_the_source_says_so():
         bare_dataset(speakers * 3, [0] * 91 + [1] * 91 + [2] * 91, "cremad"),
         dataclasses.replace(SMALL, folds="emosuperb-cremad"),
     )
-    blocks = emotions.SCHEMES["emosuperb-cremad"].test
+    blocks = emotions.SCHEMES["emosuperb-cremad"].test_speakers
     for member in range(5 * SMALL.seeds):
         fold = member // SMALL.seeds
         assert set(plan.speaker[plan.validation[member]]) == set(blocks[(fold + 1) % 5])
