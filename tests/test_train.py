@@ -2043,7 +2043,7 @@ def started(unbroken, run, *more):
     """Start a run as a process of its own, with all calls saved."""
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import train; train.DUTY = 0\n{chr(10).join(more)}\n"
     code += "import signal; [signal.signal(number, signal.SIG_DFL) for number in train.ENDING]"  # nohup ignores them
-    code += "\nimport check_data; status = check_data.guarded(train.main); import os; os._exit(status)"
+    code += "\nimport check_data; status = check_data.run_cli(train.main); import os; os._exit(status)"
     return subprocess.Popen(
         [sys.executable, "-c", code, str(unbroken / "data"), "--out", str(run), *KEPT],
         stdout=subprocess.PIPE,
