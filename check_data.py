@@ -571,8 +571,9 @@ def _is_folder(entry: os.DirEntry) -> bool:
         return False
 
 
-# Files that identify the folder of a run, whose NPZ files are not features: both of a pair.
+# Files that identify the folder of a run, whose NPZ files are not features: both of a pair, or either checkpoint.
 _RESULT_FILES = ({"model.npz", "config.json"}, {"fusion.npz", "predictions.csv"})
+_CHECKPOINT_FILES = {"checkpoint-0.npz", "checkpoint-1.npz"}
 
 
 def _walk(folder: Path, scan: Scan) -> Iterator[str]:
@@ -591,7 +592,7 @@ def _walk(folder: Path, scan: Scan) -> Iterator[str]:
             continue  # a symbolic link to a parent folder
         visited.add((status.st_dev, status.st_ino))
         names = {entry.name for entry in entries}
-        if any(files <= names for files in _RESULT_FILES):
+        if names & _CHECKPOINT_FILES or any(files <= names for files in _RESULT_FILES):
             scan.n_ignored += len(entries)
             continue
         for entry in entries:

@@ -548,6 +548,28 @@ def test_hidden_files_and_results_of_runs_are_ignored(sample):
     assert "  ignored      5 hidden or temporary files and results of runs" in check_data.summary(result)
 
 
+@pytest.mark.parametrize(
+    ("names", "n_ignored"),
+    [
+        (("checkpoint-0.npz",), 1),
+        (("checkpoint-1.npz", "train.log"), 2),
+        (("checkpoint-0.npz", "checkpoint-1.npz", "lock"), 3),
+        (("fusion.npz", "predictions.csv"), 2),
+        (("checkpoint-2.npz",), 0),
+        (("model.npz", "predictions.csv"), 0),
+    ],
+)
+def test_folders_of_unfinished_runs_and_predictions_are_ignored(sample, names, n_ignored):
+    run = sample / "run"
+    run.mkdir()
+    for name in names:
+        (run / name).write_bytes(b"")
+    result = scan(sample)
+    n_npz = sum(name.endswith(".npz") for name in names)
+    assert (len(result.records), result.n_ignored) == (112, n_ignored)
+    assert len(result.findings) == (0 if n_ignored else n_npz)
+
+
 def test_a_folder_with_a_link_to_itself_is_read_once(sample):
     (sample / "loop").symlink_to(sample, target_is_directory=True)
     assert len(scan(sample).records) == 112
