@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""What the files are: scan a folder of NPZ features, read each one strictly, and say what stops training.
+"""Scan a folder of NPZ features, read every file strictly, and report what prevents training.
 
     python check_data.py DIR
 
-Exit status: 0 all good, 1 problems found, 2 wrong use or nothing to work on. Needs numpy alone; never imports jax.
+Exit status: 0 all good, 1 problems found, 2 wrong usage or nothing to work on. Needs numpy only; never imports jax.
 """
 
 import argparse
@@ -29,40 +29,42 @@ import emotions
 import stats
 from stats import DataError
 
-#: Where the features are looked for in a file, in this order; else its first array that is no label.
+#: Names of the array with the features, in order of preference; otherwise, the first float array that is not a label.
 KEYS = ("emb", "embedding", "features", "wav2vec")
 _LABEL_WORDS = ("label", "emotion", "target", "class", "speaker")
 
-MAX_ARRAY_BYTES = 1 << 28  # an hour of 50 frames a second of 373 float32 numbers; utterances last seconds
-_MAX_MEMBERS = 1000
+MAX_ARRAY_BYTES = 1 << 28  # an hour at 50 frames per second of 373 float32 values; utterances last seconds
+_MAX_ENTRIES = 1000  # a damaged count must not keep the reader busy
 
-_LOCAL = struct.Struct("<4s5H3L2H")
-_CENTRAL = struct.Struct("<4s6H3L5H2L")
-_END = struct.Struct("<4s4H2LH")
-_STORED, _DEFLATED = 0, 8
-#: What np.savez writes where nothing can be checked (made by, internal and external attributes). One bit off it is
-#: damage; other programs differ in more.
-_NUMPY_ENTRY = 0x032D << 48 | 0o600 << 16
+# The zip records that are read, little-endian (PKWARE APPNOTE 4.3.7, 4.3.12 and 4.3.16).
+_LOCAL_HEADER = struct.Struct("<4s5H3L2H")
+_DIRECTORY_ENTRY = struct.Struct("<4s6H3L5H2L")
+_END_RECORD = struct.Struct("<4s4H2LH")
+_STORED, _DEFLATED = 0, 8  # compression methods
+# "Version made by", internal and external attributes as np.savez writes them. Neither a checksum nor a second copy
+# protects them, so a value that differs in a single bit is treated as damage; other writers differ in more bits.
+_NUMPY_ATTRIBUTES = 0x032D << 48 | 0o600 << 16
 
 # --- options ------------------------------------------------------------------------------------------------------
 
 
 class UsageError(Exception):
-    """The user asked for something that cannot be done; the text says why and what to do. Exit status 2."""
+    """The request cannot be carried out; the message gives the reason and the remedy. Exit status 2."""
 
 
 def option(default: Any, text: str) -> Any:
-    """A field of a dataclass of options, with the help that the command line shows."""
+    """Define a field of an options dataclass, with its default and its --help text."""
     return dataclasses.field(default=default, metadata={"help": text})
 
 
-def demand(condition: bool, name: str, text: str) -> None:
+def require(condition: bool, name: str, expected: str) -> None:
+    """Raise a UsageError "--NAME must be EXPECTED" unless the condition holds."""
     if not condition:
-        raise UsageError(f"--{name.replace('_', '-')} must be {text}")
+        raise UsageError(f"--{name.replace('_', '-')} must be {expected}")
 
 
 def add_options(parser: argparse.ArgumentParser, options: type) -> None:
-    """Give a command line every option of a dataclass, whose first field is the folder."""
+    """Add every field of an options dataclass to a parser; the first field is the positional DIR."""
     parser.add_argument("directory", metavar="DIR", help="folder of NPZ files, flat or in subfolders")
     for field in dataclasses.fields(options)[1:]:
         flag, text, default = f"--{field.name.replace('_', '-')}", field.metadata["help"], field.default
@@ -71,313 +73,318 @@ def add_options(parser: argparse.ArgumentParser, options: type) -> None:
         elif default == ():
             parser.add_argument(flag, action="append", default=[], metavar="STR", help=text)
         else:
+            # The type itself, or the first member of a union such as `int | None`.
             kind = next(k for k in (int, float, str) if k in (field.type, *getattr(field.type, "__args__", ())))
-            shown = text if default is None else f"{text} (%(default)s)"
-            parser.add_argument(flag, type=kind, default=default, metavar=kind.__name__.upper(), help=shown)
+            text = text if default is None else f"{text} (%(default)s)"
+            parser.add_argument(flag, type=kind, default=default, metavar=kind.__name__.upper(), help=text)
 
 
 # --- reading one file ---------------------------------------------------------------------------------------------
 
+# np.load is not used: it raises many kinds of exception, and returns a wrong array after some kinds of damage. This
+# reader accepts only the subset of zip that NPZ writers use, and is several times faster for a vector.
 
-class Member(NamedTuple):
-    """One array of an NPZ file: its data are `blob[start:stop]`, `size` bytes once inflated; `next` begins the next."""
+
+class ZipEntry(NamedTuple):
+    """One array of an NPZ file, with positions in bytes from the start of the file."""
 
     name: str
     method: int
     crc: int
-    start: int
+    start: int  # of the data
     stop: int
-    size: int
-    next: int
+    size: int  # of the data after inflation
+    next: int  # where the next entry must begin
 
 
-# The header before a member's data, and the directory's entry for it, field by field as the format has them.
+# The fields of a local header and of a directory entry, in file order.
 _COMMON = "version flags method time date crc packed size name_length extra_length"
-_Header = collections.namedtuple("_Header", f"magic {_COMMON}")
-_Entry = collections.namedtuple("_Entry", f"magic made_by {_COMMON} comment_length disk internal external offset")
+_Local = collections.namedtuple("_Local", f"magic {_COMMON}")
+_Central = collections.namedtuple("_Central", f"magic made_by {_COMMON} comment_length disk internal external offset")
 
 
 class Features(NamedTuple):
-    """What was read from a file: a float32 array of shape (D,), (T, D) or (T * D,), and where it came from."""
+    """The features read from a file."""
 
-    array: np.ndarray
-    key: str
-    dtype: str
-    members: tuple[str, ...]
+    array: np.ndarray  # float32, of shape (D,), (T, D) or (T * D,)
+    key: str  # name of the array
+    dtype: str  # in the file
+    array_names: tuple[str, ...]  # all arrays in the file
     crc: int
-    rms: float
-    stored_shape: tuple[int, ...]
+    rms: float  # root mean square of the values
+    stored_shape: tuple[int, ...]  # in the file, with a leading axis and before transposing
 
 
-def _not_a_zip(blob: bytes) -> DataError:
-    """Name what a file is that should have been a zip archive."""
+def _non_zip_error(blob: bytes) -> DataError:
+    """Identify a file that is not a zip archive."""
     start = blob[:512].lstrip().lower()
     if not blob:
         return DataError("empty", "has no bytes")
     if not any(blob[:4096]):
-        return DataError("empty", "holds zero bytes only, as after a crash of the machine that wrote it")
+        return DataError("empty", "contains only zero bytes, as after a crash during writing")
     if blob.startswith(b"PK\x03\x04"):
         return DataError("truncated", f"ends after {len(blob)} bytes, before the zip directory")
     if start.startswith(b"version https://git-lfs"):
         return DataError("git-lfs", "is a git-lfs pointer: run git lfs pull")
     if start.startswith((b"<!doctype", b"<html", b"<?xml")):
-        return DataError("not-npz", "is an HTML page, as a failed download leaves it")
+        return DataError("not-npz", "is an HTML page, probably from a failed download")
     if blob.startswith(b"\x93NUMPY"):
         return DataError("not-npz", "is a bare .npy array named .npz")
-    if blob[:1] == b"\x80" and blob[1:2] in b"\x02\x03\x04\x05":
+    if blob[:1] == b"\x80" and blob[1:2] in b"\x02\x03\x04\x05":  # PROTO opcode and pickle protocol 2 to 5
         return DataError("pickle", "is a Python pickle, which can run code and is never loaded")
     if blob.startswith(b"RIFF"):
-        return DataError("not-npz", "is a wav recording: extract its features first")
-    return DataError("not-npz", "is no zip archive")
+        return DataError("not-npz", "is a WAV recording: extract its features first")
+    return DataError("not-npz", "is not a zip archive")
 
 
-def _zip_fault(what: str) -> DataError:
-    return DataError("bad-zip", f"the zip archive is damaged: {what}")
+def _bad_zip(detail: str) -> DataError:
+    return DataError("bad-zip", f"the zip archive is damaged: {detail}")
 
 
 def _zip64_sizes(extra: bytes, size: int, packed: int) -> tuple[int, int]:
-    """Take the sizes from the zip64 extra field where the header's own are all ones (np.savez writes them so)."""
-    wanted = (size == 0xFFFFFFFF) + (packed == 0xFFFFFFFF)
+    """Resolve the sizes of a header: 0xFFFFFFFF means that the size is in the zip64 extra field."""
+    n_sizes = (size == 0xFFFFFFFF) + (packed == 0xFFFFFFFF)  # np.savez uses zip64 for any size
     position = 0
     while position + 4 <= len(extra):
         kind, length = struct.unpack_from("<HH", extra, position)
         position += 4
-        if kind == 1 and wanted:
-            if length != 8 * wanted or position + length > len(extra):
-                raise _zip_fault("a zip64 size")
-            values = list(struct.unpack_from(f"<{wanted}Q", extra, position))
+        if kind == 1 and n_sizes:
+            if length != 8 * n_sizes or position + length > len(extra):
+                raise _bad_zip("invalid zip64 sizes")
+            values = list(struct.unpack_from(f"<{n_sizes}Q", extra, position))
             size = values.pop(0) if size == 0xFFFFFFFF else size
             packed = values.pop(0) if packed == 0xFFFFFFFF else packed
-            wanted = 0
+            n_sizes = 0
         position += length
-    if wanted or position != len(extra):
-        raise _zip_fault("an extra field")
+    if n_sizes or position != len(extra):  # the fields must fill the space, or a damaged length would go unnoticed
+        raise _bad_zip("invalid extra field")
     return size, packed
 
 
-def _members(blob: bytes) -> list[Member]:
-    """Walk the zip directory; every byte of the file must belong to a member, the directory or its end."""
-    end = len(blob) - _END.size
+def _read_directory(blob: bytes) -> list[ZipEntry]:
+    """Read the zip directory; every byte of the file must belong to an entry, the directory or the end record."""
+    end = len(blob) - _END_RECORD.size
     if blob[end : end + 4] != b"PK\x05\x06" or end < 0:
-        end = blob.rfind(b"PK\x05\x06")
-        if end < 0 or len(blob) - end < _END.size:
-            raise _not_a_zip(blob)
-    _, disk, first_disk, here, count, size, start, comment = _END.unpack_from(blob, end)
-    if end + _END.size + comment != len(blob):
-        if blob[:4] == b"PK\x03\x04" and end + _END.size + comment > len(blob):
+        end = blob.rfind(b"PK\x05\x06")  # earlier, if the archive has a comment
+        if end < 0 or len(blob) - end < _END_RECORD.size:
+            raise _non_zip_error(blob)
+    _, disk, first_disk, n_here, n_entries, size, start, comment = _END_RECORD.unpack_from(blob, end)
+    if end + _END_RECORD.size + comment != len(blob):
+        if blob[:4] == b"PK\x03\x04" and end + _END_RECORD.size + comment > len(blob):
             raise DataError("truncated", f"ends after {len(blob)} bytes, within the zip directory")
-        raise DataError("junk", f"{len(blob) - end - _END.size - comment} bytes follow the end of the zip archive")
-    if disk or first_disk or here != count or start + size > end:
-        raise _zip_fault("its directory")
-    if start + size < end:
+        surplus = len(blob) - end - _END_RECORD.size - comment
+        raise DataError("junk", f"{surplus} bytes follow the end of the zip archive")
+    if disk or first_disk or n_here != n_entries or start + size > end:
+        raise _bad_zip("inconsistent directory")
+    if start + size < end:  # offsets count from the start of the archive
         raise DataError("junk", f"{end - start - size} bytes precede the zip archive")
-    if count > _MAX_MEMBERS:
-        raise _zip_fault(f"it claims {count} members")
-    members, position = [], start
-    for _ in range(count):
-        member, position = _member(blob, position, end, members[-1].next if members else 0)
-        members.append(member)
-    if position != end or (members[-1].next if members else 0) != start:
-        raise _zip_fault("its directory has gaps")
-    return members
+    if n_entries > _MAX_ENTRIES:
+        raise _bad_zip(f"the directory lists {n_entries} entries")
+    entries, position = [], start
+    for _ in range(n_entries):
+        entry, position = _read_entry(blob, position, end, entries[-1].next if entries else 0)
+        entries.append(entry)
+    if position != end or (entries[-1].next if entries else 0) != start:  # no checksum would cover the bytes between
+        raise _bad_zip("gaps around the directory")
+    return entries
 
 
-def _member(blob: bytes, position: int, end: int, begin: int) -> tuple[Member, int]:
-    """Read one directory entry and the local header that it must agree with; return it and where the next one is."""
-    if position + _CENTRAL.size > end or begin + _LOCAL.size > end:
-        raise _zip_fault("its directory is cut off")
-    entry = _Entry(*_CENTRAL.unpack_from(blob, position))
-    name_end = position + _CENTRAL.size + entry.name_length
-    following = name_end + entry.extra_length + entry.comment_length
-    if entry.magic != b"PK\x01\x02" or following > end or entry.disk or entry.offset != begin:
-        raise _zip_fault("a directory entry")
-    if ((entry.made_by << 48 | entry.internal << 32 | entry.external) ^ _NUMPY_ENTRY).bit_count() == 1:
-        raise _zip_fault("a directory entry differs from numpy's in one bit")
-    name = blob[position + _CENTRAL.size : name_end]
+def _read_entry(blob: bytes, position: int, end: int, begin: int) -> tuple[ZipEntry, int]:
+    """Read the directory entry at `position` and the local header at `begin`; return the entry and the next position.
+
+    Both have most fields, and no checksum covers either. They must agree, or flipped bits would go unnoticed.
+    """
+    if position + _DIRECTORY_ENTRY.size > end or begin + _LOCAL_HEADER.size > end:
+        raise _bad_zip("the directory is cut off")
+    entry = _Central(*_DIRECTORY_ENTRY.unpack_from(blob, position))
+    name_end = position + _DIRECTORY_ENTRY.size + entry.name_length
+    next_position = name_end + entry.extra_length + entry.comment_length
+    # `offset` must be where the previous entry ends: entries that overlap or leave gaps are damage or a zip bomb.
+    if entry.magic != b"PK\x01\x02" or next_position > end or entry.disk or entry.offset != begin:
+        raise _bad_zip("invalid directory entry")
+    if ((entry.made_by << 48 | entry.internal << 32 | entry.external) ^ _NUMPY_ATTRIBUTES).bit_count() == 1:
+        raise _bad_zip("a directory entry differs from numpy's by one bit")
+    name = blob[position + _DIRECTORY_ENTRY.size : name_end]
     size, packed = _zip64_sizes(blob[name_end : name_end + entry.extra_length], entry.size, entry.packed)
-    local = _Header(*_LOCAL.unpack_from(blob, begin))
-    local_name_end = begin + _LOCAL.size + local.name_length
-    data = local_name_end + local.extra_length
+    local = _Local(*_LOCAL_HEADER.unpack_from(blob, begin))
+    local_name_end = begin + _LOCAL_HEADER.size + local.name_length
+    start = local_name_end + local.extra_length
     if entry.flags & 1:
         raise DataError("encrypted", "is encrypted")
     if entry.method not in (_STORED, _DEFLATED):
-        raise DataError(
-            "unknown-compression", f"is compressed by method {entry.method}; only stored and deflated are read"
-        )
-    described = bool(entry.flags & 8)  # written to a pipe: sizes and CRC follow the data
-    local_sizes = _zip64_sizes(blob[local_name_end:data], local.size, local.packed)
+        raise DataError("unknown-compression", f"uses compression method {entry.method}, not stored or deflated")
+    has_descriptor = bool(entry.flags & 8)  # written to a pipe: sizes and CRC follow the data, not in the local header
+    local_sizes = _zip64_sizes(blob[local_name_end:start], local.size, local.packed)
     if (
         local[:6] != (b"PK\x03\x04", *entry[2:7])
-        or blob[begin + _LOCAL.size : local_name_end] != name
-        or entry.flags & ~0x808
-        or not (described or (local.crc, *local_sizes) == (entry.crc, size, packed))
+        or blob[begin + _LOCAL_HEADER.size : local_name_end] != name
+        or entry.flags & ~0x808  # other than bit 3 and bit 11 (UTF-8 names)
+        or not (has_descriptor or (local.crc, *local_sizes) == (entry.crc, size, packed))
     ):
-        raise _zip_fault("a header and the directory disagree")
-    stop = data + packed
+        raise _bad_zip("a local header and the directory disagree")
+    stop = data_end = start + packed
     if stop > end or (entry.method == _STORED and size != packed):
-        raise _zip_fault(f"a member claims {packed} bytes")
-    after = stop
-    if described:
-        after += 4 * (blob[stop : stop + 4] == b"PK\x07\x08") + (20 if 0xFFFFFFFF in (local.size, local.packed) else 12)
-    text = name.decode("utf-8", "backslashreplace").removesuffix(".npy")
-    return Member(text, entry.method, entry.crc, data, stop, size, after), following
+        raise _bad_zip(f"an entry claims {packed} bytes")
+    if has_descriptor:  # CRC and two sizes, of 4 bytes, or of 8 with zip64; the magic before them is optional
+        stop += 4 * (blob[stop : stop + 4] == b"PK\x07\x08") + (20 if 0xFFFFFFFF in (local.size, local.packed) else 12)
+    key = name.decode("utf-8", "backslashreplace").removesuffix(".npy")
+    return ZipEntry(key, entry.method, entry.crc, start, data_end, size, stop), next_position
 
 
 class _Layout(NamedTuple):
-    """All of a file that was read well but its data and checksums: another file that has the same is laid out alike."""
+    """A valid file without data and checksum: `segments` must equal `content`; `checksums` are the two CRC fields."""
 
     segments: tuple[slice, ...]
-    bytes: bytes
+    content: bytes
     checksums: tuple[slice, slice]
-    member: Member
+    entry: ZipEntry
     names: tuple[str, ...]
 
 
-_layouts: dict[int, _Layout] = {}
+_layout_cache: dict[int, _Layout] = {}  # by file size: files of one writer and one size are laid out alike
 
 
-def _directory(blob: bytes) -> tuple[Member, tuple[str, ...]]:
-    """The member that holds the features, and the names of all; as `_members` and `_choose`, but faster.
+def _locate_features(blob: bytes) -> tuple[ZipEntry, tuple[str, ...]]:
+    """Return the entry that holds the features, and the names of all arrays.
 
-    All files of a set are usually written alike, so most of what there is to check has been checked already.
+    The files of a set usually come from one program, so each is first compared with the last valid one of its size. If
+    they differ only in data and checksum, all other checks have been made already.
     """
-    layout = _layouts.get(len(blob))
-    if layout and b"".join([blob[segment] for segment in layout.segments]) == layout.bytes:
-        local, central = (blob[place] for place in layout.checksums)
+    layout = _layout_cache.get(len(blob))
+    if layout and b"".join([blob[segment] for segment in layout.segments]) == layout.content:
+        local, central = (blob[field] for field in layout.checksums)
         if local == central:
-            return layout.member._replace(crc=int.from_bytes(local, "little")), layout.names
-    members = _members(blob)
-    member, names = _choose(blob, members), tuple(member.name for member in members)
-    if len(members) == 1 and member.next == member.stop:
-        central = member.stop + 16
-        segments = (slice(14), slice(18, member.start), slice(member.stop, central), slice(central + 4, None))
-        if len(_layouts) >= 4096:
-            _layouts.clear()
+            return layout.entry._replace(crc=int.from_bytes(local, "little")), layout.names
+    entries = _read_directory(blob)
+    entry, names = _select_features(blob, entries), tuple(entry.name for entry in entries)
+    if len(entries) == 1 and entry.next == entry.stop:  # the common form: one array, no descriptor after its data
+        central = entry.stop + 16  # the CRC in the directory entry; in the local header it is at 14
+        segments = (slice(14), slice(18, entry.start), slice(entry.stop, central), slice(central + 4, None))
+        if len(_layout_cache) >= 4096:  # sequences vary in length, and so in size
+            _layout_cache.clear()
         checksums = (slice(14, 18), slice(central, central + 4))
-        _layouts[len(blob)] = _Layout(segments, b"".join(map(blob.__getitem__, segments)), checksums, member, names)
-    return member, names
+        _layout_cache[len(blob)] = _Layout(segments, b"".join(map(blob.__getitem__, segments)), checksums, entry, names)
+    return entry, names
 
 
-def _unpacked(blob: bytes, member: Member, limit: int = MAX_ARRAY_BYTES) -> bytes | memoryview:
-    """A member's bytes, inflated under a cap and checked against the CRC."""
-    if member.size > limit:
-        raise DataError("too-large", f"its array claims {member.size} bytes; the limit is {limit}")
-    data = memoryview(blob)[member.start : member.stop]
-    data = _inflated(data, member) if member.method == _DEFLATED else data[: member.size]
-    if zlib.crc32(data) != member.crc:
-        raise DataError("bad-crc", "the array's bytes do not match their checksum")
+def _extract(blob: bytes, entry: ZipEntry, limit: int = MAX_ARRAY_BYTES) -> bytes | memoryview:
+    """Return the data of an entry, inflated up to a limit and verified against the CRC."""
+    if entry.size > limit:
+        raise DataError("too-large", f"declares an array of {entry.size} bytes; the limit is {limit}")
+    data = memoryview(blob)[entry.start : entry.stop]
+    data = _inflate(data, entry) if entry.method == _DEFLATED else data[: entry.size]
+    if zlib.crc32(data) != entry.crc:
+        raise DataError("bad-crc", "the array does not match its checksum")
     return data
 
 
-def _inflated(data: memoryview, member: Member) -> bytes:
-    if member.size > 100 * len(data) + (1 << 20):
-        raise DataError("bomb", f"{len(data)} bytes would inflate to {member.size}: no features shrink so much")
-    inflater = zlib.decompressobj(-15)
+def _inflate(data: memoryview, entry: ZipEntry) -> bytes:
+    if entry.size > 100 * len(data) + (1 << 20):  # deflate saves 7 % on embeddings; 1 MiB for small repetitive arrays
+        raise DataError("bomb", f"{len(data)} bytes would inflate to {entry.size}: features never compress that well")
+    inflater = zlib.decompressobj(-15)  # raw deflate, without a zlib header
     try:
-        blob = inflater.decompress(data, member.size + 1)
+        blob = inflater.decompress(data, entry.size + 1)  # one byte more, to notice data beyond the declared size
     except zlib.error:
-        raise DataError("bad-crc", "the compressed bytes are damaged") from None
-    if not inflater.eof or inflater.unused_data or len(blob) != member.size:
-        raise DataError("size-mismatch", f"{member.size} bytes are declared and {len(blob)} were inflated")
+        raise DataError("bad-crc", "the compressed data are damaged") from None
+    if not inflater.eof or inflater.unused_data or len(blob) != entry.size:
+        raise DataError("size-mismatch", f"{entry.size} bytes are declared, but {len(blob)} were inflated")
     return blob
 
 
-def _choose(blob: bytes, members: list[Member]) -> Member:
-    """The member that holds the features: a known key, else the first float array that is no label."""
-    by_key = {member.name: member for member in members}
+def _select_features(blob: bytes, entries: list[ZipEntry]) -> ZipEntry:
+    """Choose the array that holds the features: a known key, else the first float array that is not a label."""
+    by_key = {entry.name: entry for entry in entries}
     for key in KEYS:
         if key in by_key:
             return by_key[key]
-    unlabelled = [member for member in members if not any(word in member.name.lower() for word in _LABEL_WORDS)]
-    for member in unlabelled:
-        # Unpacked and so checked whole: a damaged header must not make it look like something to pass over.
-        header, _ = stats.npy_header(_unpacked(blob, member))
+    candidates = [entry for entry in entries if not any(word in entry.name.lower() for word in _LABEL_WORDS)]
+    for entry in candidates:
+        # Verify the CRC before using the dtype: one flipped bit turns '<f4' into another type, and the next array would
+        # be used in place of the damaged one.
+        header, _ = stats.npy_header(_extract(blob, entry))
         if header.dtype.kind == "f" and header.shape:
-            return member
-    if not unlabelled:
-        raise DataError("no-array", f"holds labels only: {', '.join(by_key)}" if members else "holds no array")
-    return unlabelled[0]
+            return entry
+    if not candidates:
+        raise DataError("no-array", f"contains only labels: {', '.join(by_key)}" if entries else "contains no array")
+    return candidates[0]
 
 
 def read_features(path: str | Path, transpose: bool = False, nan_to_zero: bool = False) -> Features:
-    """Read the features of one NPZ file, once and strictly; nothing in its headers is trusted, nothing is unpickled.
+    """Read the features of one NPZ file strictly: headers are not trusted, and nothing is unpickled.
 
     Returns
     -------
     Features
-        Array in float32 and C order, of shape (D,), (T, D) or (T * D,); a leading axis of extent 1 is dropped.
+        Array in float32 and C order, of shape (D,), (T, D) or (T * D,). A leading axis of length 1 is dropped.
 
     Raises
     ------
     DataError
-        Whatever is wrong with the file; no other exception.
+        For any problem with the file; no other exception is raised.
     """
     blob = stats.read_bytes(path, 2 * MAX_ARRAY_BYTES)
-    member, names = _directory(blob)
-    stored = stats.npy_array(_unpacked(blob, member))
+    entry, names = _locate_features(blob)
+    stored = stats.npy_array(_extract(blob, entry))
     shape = stored.shape
     if not shape or not stored.size:
-        raise DataError("empty-array", f"its array has shape {shape}: no numbers to train on")
+        raise DataError("empty-array", f"its array has shape {shape}: nothing to train on")
     if stored.ndim > 1 and shape[0] == 1:
         stored = stored[0]
     if stored.ndim > 2:
-        raise DataError("bad-shape", f"its array has shape {shape}; (D,), (T, D) or (1, T, D) is needed")
-    array = _float32(stored.T if transpose and stored.ndim == 2 else stored)
-    array, square = _finite(array, nan_to_zero)
+        raise DataError("bad-shape", f"its array has shape {shape}; expected (D,), (T, D) or (1, T, D)")
+    array = _to_float32(stored.T if transpose and stored.ndim == 2 else stored)
+    array, square = _check_finite(array, nan_to_zero)
     flat = array.reshape(-1)
-    if flat.size > 1 and flat[0] == flat[-1] and flat.min() == flat.max():
-        raise DataError("constant", f"all {flat.size} values are {flat[0]:g}: the extraction failed")
-    return Features(
-        array, member.name, _dtype_name(stored.dtype), names, member.crc, math.sqrt(square / flat.size), shape
-    )
+    if flat.size > 1 and flat[0] == flat[-1] and flat.min() == flat.max():  # the ends first: the rest takes longer
+        raise DataError("constant", f"all {flat.size} values are {flat[0]:g}: the feature extraction failed")
+    rms = math.sqrt(square / flat.size)
+    return Features(array, entry.name, _dtype_name(stored.dtype), names, entry.crc, rms, shape)
 
 
-_dtype_name = functools.cache(lambda dtype: dtype.name)  # numpy makes the name anew at each call
+_dtype_name = functools.cache(lambda dtype: dtype.name)  # numpy builds the name at every access
 
 
-def _float32(stored: np.ndarray) -> np.ndarray:
-    """A copy in float32 and C order, which lets the file's bytes go; what is too large for it becomes Inf."""
+def _to_float32(stored: np.ndarray) -> np.ndarray:
+    """Copy to float32 and C order; values beyond the range become Inf. The copy lets the file's bytes be freed."""
     if stored.dtype.itemsize <= 4:
         return stored.astype(np.float32, order="C")
-    with np.errstate(over="ignore"):
+    with np.errstate(over="ignore"):  # takes time, so only for types that can overflow
         return stored.astype(np.float32, order="C")
 
 
-def _finite(array: np.ndarray, nan_to_zero: bool) -> tuple[np.ndarray, float]:
-    """Refuse or clear NaN and Inf; looked for in float32, since 1e300 is finite as float64 only.
-
-    Returns the array and the sum of its squares, which is also the quick test: it is finite only if all values are.
-    """
+def _check_finite(array: np.ndarray, nan_to_zero: bool) -> tuple[np.ndarray, float]:
+    """Reject NaN and Inf, or set them to zero; return the float32 array and its sum of squares."""
     flat = array.reshape(-1)
+    # The sum of squares is finite only if every value is; it is needed anyway, and is faster than np.isfinite.
     with np.errstate(over="ignore", invalid="ignore"):
         square = float(flat.dot(flat))
     if math.isfinite(square):
         return array, square
     bad = ~np.isfinite(array)
     if bad.any() and not nan_to_zero:
-        first = tuple(int(place[0]) for place in np.nonzero(bad))
+        first = tuple(int(index[0]) for index in np.nonzero(bad))
         raise DataError("not-finite", f"{bad.sum()} of {array.size} values are NaN or Inf, the first at {first}")
     array = np.where(bad, np.float32(0), array)
-    return array, float(np.square(array, dtype=np.float64).sum())
+    return array, float(np.square(array, dtype=np.float64).sum())  # large finite values overflow in float32
 
 
 def read_arrays(path: str | Path, limit: int = 1 << 34) -> dict[str, np.ndarray]:
-    """Read every array of an NPZ file of at most `limit` bytes as strictly as `read_features` does.
+    """Read every array of an NPZ file of at most `limit` bytes, as strictly as `read_features`.
 
     Raises
     ------
     DataError
-        Whatever is wrong with the file.
+        For any problem with the file.
     """
     blob = stats.read_bytes(path, limit)
-    return {member.name: stats.npy_array(_unpacked(blob, member, limit)) for member in _members(blob)}
+    return {entry.name: stats.npy_array(_extract(blob, entry, limit)) for entry in _read_directory(blob)}
 
 
 # --- scanning a folder --------------------------------------------------------------------------------------------
 
-#: Why a file is left out: what to do about each code. The finding itself says what was found.
+#: What to do about each reason for leaving a file out. The finding itself describes what was found.
 REMEDIES = {
-    "unreadable": "check its owner and its rights",
+    "unreadable": "check its owner and permissions",
     "not-a-file": "remove it",
     "too-large": "split the recording into utterances",
     "empty": "extract its features again",
@@ -391,77 +398,88 @@ REMEDIES = {
     "unknown-compression": "save it with np.savez",
     "bad-crc": "copy it again, or extract its features again",
     "size-mismatch": "copy it again, or extract its features again",
-    "bomb": "do not trust where it came from",
+    "bomb": "do not trust its source",
     "bad-npy-header": "copy it again, or extract its features again",
     "no-array": "write its features with np.savez(file, emb=array)",
     "not-float": "save the features as float32",
     "empty-array": "the recording may be too short; extract its features again",
     "bad-shape": "save one array of shape (D,) or (T, D)",
-    "not-finite": "extract its features again, or read such values as zeros with --nan-to-zero",
+    "not-finite": "extract its features again, or replace such values by zero with --nan-to-zero",
     "constant": "extract its features again",
     "absurd-scale": "extract its features again",
-    "unknown-name": "rename it after its corpus, put it into an emotion-named folder, or use --pattern or --labels",
-    "ambiguous-name": "say which with --corpus, or put the corpus before the name",
-    "label-conflict": "find out which is right, then rename the file or move it",
+    "unknown-name": "rename it as its corpus does, move it to an emotion-named folder, or use --pattern or --labels",
+    "ambiguous-name": "choose the corpus with --corpus, or prefix the file name with it",
+    "label-conflict": "find out which label is right, then rename or move the file",
     "not-in-table": "add a line for it to the table",
-    "video-only": "remove it: a recording without sound has no speech in it",
+    "video-only": "remove it: a recording without sound contains no speech",
     "duplicate-conflict": "find out which label is right and remove the other file",
-    "duplicate-speaker": "find out whose it is and remove the other file",
-    "transposed": "save it as (T, D), or turn every sequence round with --transpose",
-    "other-width": "extract all features with one encoder, or choose with --dim",
+    "duplicate-speaker": "find out which speaker is right and remove the other file",
+    "transposed": "save it as (T, D), or transpose all sequences with --transpose",
+    "other-width": "extract all features with one encoder, or choose a width with --dim",
     "other-encoder": "extract it with the encoder that the model was trained with",
 }
 
-#: What is worth knowing of files that are used all the same.
+#: Observations about files that are used all the same.
 NOTES = {
-    "duplicate": "the same features under two names and one label; they count twice",
-    "twins": "the same recording with and without its picture; they count twice",
-    "song": "sung, not spoken; figures of others are for speech alone",
+    "duplicate": "identical features under two names with the same label; both are counted",
+    "twins": "the same recording with and without video; both are counted",
+    "song": "sung, not spoken; published scores are usually for speech only",
     "known-damaged": "recordings of this corpus that are known to be damaged",
-    "norm-outlier": "features far larger or smaller than those of the rest",
-    "dead-dimensions": "dimensions that do not vary over the set",
-    "already-normalised": "the features have mean 0 and deviation 1 already; normalising again does no harm",
-    "no-speaker": "no speaker is known for these; a figure is speaker-independent only where speakers are known",
-    "few-speakers": "a class that few speakers have: its recall is hardly more than an anecdote",
-    "few-utterances": "a class with few utterances",
-    "imbalance": "the largest class is many times the smallest; UA counts all classes alike, WA does not",
-    "reshaped": "flat vectors that were cut into frames",
-    "leading-axis": "(1, D) and (1, T, D) were read without their first axis",
-    "other-arrays": "further arrays in the files, left alone",
+    "norm-outlier": "features with a much larger or smaller norm than the rest",
+    "dead-dimensions": "dimensions that are constant over the data set",
+    "already-normalised": "the features have mean 0 and standard deviation 1 already; normalising again is harmless",
+    "no-speaker": "speaker unknown; scores are speaker-independent only if the speakers are known",
+    "few-speakers": "classes with very few speakers; their recall is unreliable",
+    "few-utterances": "classes with few utterances",
+    "imbalance": "the largest class is many times the smallest; UA weights all classes equally, WA does not",
+    "reshaped": "flat vectors that were reshaped to (T, D)",
+    "leading-axis": "arrays of shape (1, D) or (1, T, D), read without the leading axis",
+    "other-arrays": "further arrays in the files, not used",
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class ScanOptions:
-    """What a user can say of a folder; the command lines of both programs are built from it."""
+    """The options of a scan; both command lines are built from these fields."""
 
     directory: str
-    corpus: str | None = option(None, "the corpus that is meant where several can claim a name")
-    pattern: str | None = option(None, "your own names: a regular expression of the whole name with a group emotion")
-    labels: str | None = option(None, "your own labels: a CSV file with the columns file, emotion and speaker")
-    merge: tuple[str, ...] = option((), "fold one emotion into another, as in calm=neutral; may be repeated")
-    classes: str | None = option(None, "keep only these emotions, as in happy,sad,angry")
-    dim: int | None = option(None, "width of the features, where the set does not tell it")
+    corpus: str | None = option(None, "which corpus to assume when a file name fits several")
+    pattern: str | None = option(
+        None, "regular expression for the whole file name, with the groups (?P<emotion>...) and (?P<speaker>...)"
+    )
+    labels: str | None = option(None, "CSV file with labels, in the columns file, emotion and speaker")
+    merge: tuple[str, ...] = option((), "merge one emotion into another, e.g. calm=neutral; may be repeated")
+    classes: str | None = option(None, "keep only these emotions, e.g. happy,sad,angry")
+    dim: int | None = option(None, "width D of the features, if it cannot be determined from the files")
     transpose: bool = option(False, "sequences are stored as (D, T)")
-    nan_to_zero: bool = option(False, "read NaN and Inf as zeros instead of leaving the file out")
+    nan_to_zero: bool = option(False, "replace NaN and Inf by zero instead of leaving the file out")
 
     def __post_init__(self):
-        demand(bool(str(self.directory)), "DIR", "a folder, not an empty name")
-        object.__setattr__(self, "merge", tuple(self.merge))
-        demand(self.dim is None or self.dim >= 1, "dim", "at least 1")
-        demand(self.pattern != "" and self.labels != "", "pattern and --labels", "more than an empty text")
-        demand(self.corpus in (None, *emotions.CORPORA), "corpus", f"one of {', '.join(emotions.CORPORA)}")
-        demand(
-            all(re.fullmatch(r"\s*[^=,\s]+\s*=\s*[^=,\s]+\s*", entry) for entry in self.merge),
-            "merge",
-            "as calm=neutral",
-        )
-        demand(self.classes is None or bool(_words(self.classes)), "classes", "as happy,sad,angry")
-        demand(not (self.pattern and self.labels), "pattern", "given without --labels")
+        if not str(self.directory):
+            raise UsageError("DIR must not be empty")
+        object.__setattr__(self, "merge", tuple(self.merge))  # argparse gives a list; the dataclass is frozen
+        _parse_merges(self.merge)
+        require(self.dim is None or self.dim >= 1, "dim", "at least 1")
+        require(self.pattern != "", "pattern", "non-empty")
+        require(self.labels != "", "labels", "non-empty")
+        require(not (self.pattern and self.labels), "pattern", "used without --labels")
+        require(self.corpus in (None, *emotions.CORPORA), "corpus", f"one of {', '.join(emotions.CORPORA)}")
+        require(self.classes is None or bool(_parse_emotions(self.classes)), "classes", "a list like happy,sad,angry")
+
+
+def _parse_emotions(text: str) -> list[str]:
+    return [emotions.normalise_emotion(word) for word in text.split(",") if word.strip()]
+
+
+def _parse_merges(entries: tuple[str, ...]) -> dict[str, str]:
+    """Parse entries such as `calm=neutral`."""
+    valid = all(re.fullmatch(r"\s*[^=,\s]+\s*=\s*[^=,\s]+\s*", entry) for entry in entries)
+    require(valid, "merge", "of the form calm=neutral")
+    return dict(tuple(_parse_emotions(entry.replace("=", ","))) for entry in entries)
 
 
 class Finding(NamedTuple):
-    """Why one file is left out."""
+    """The reason why one file is left out."""
 
     file: str
     code: str
@@ -469,7 +487,7 @@ class Finding(NamedTuple):
 
 
 class Note(NamedTuple):
-    """What a user should know of the set; nothing is left out for it."""
+    """An observation about the data set; no file is left out because of it."""
 
     code: str
     text: str
@@ -477,11 +495,11 @@ class Note(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Record:
-    """A file that training can use. `shape` is the shape in the file, `rms` the root of the mean square."""
+    """A file that training can use."""
 
     utterance: emotions.Utterance
-    labelled_by: str
-    shape: tuple[int, ...]
+    labelled_by: str  # name, folder, pattern or table
+    shape: tuple[int, ...]  # of the array as read: (D,), (T, D) or (T * D,)
     key: str
     dtype: str
     crc: int
@@ -494,58 +512,53 @@ class Record:
 
 @dataclasses.dataclass
 class Scan:
-    """All that is known of a folder; `records` are what training uses, sorted by file name, `findings` the rest.
-
-    `features` is empty, or holds the arrays of `records` in the same order, shape (T, D) each. `moments` are those of
-    all frames of width D that were read. `fingerprint` tells one set of files and contents from another;
-    `cuts_vectors` whether flat vectors of T * D values were cut into frames.
-    """
+    """The result of a scan: `records` are the files that training uses, sorted by name, `findings` the others."""
 
     directory: Path
-    dim: int | None = None
+    dim: int | None = None  # the width D
     records: list[Record] = dataclasses.field(default_factory=list)
     findings: list[Finding] = dataclasses.field(default_factory=list)
     notes: list[Note] = dataclasses.field(default_factory=list)
-    features: list[np.ndarray] = dataclasses.field(default_factory=list)
-    moments: stats.Moments | None = None
-    hidden: int = 0
-    unwanted: int = 0
-    leading: int = 0
-    other_files: collections.Counter = dataclasses.field(default_factory=collections.Counter)
-    other_members: collections.Counter = dataclasses.field(default_factory=collections.Counter)
+    features: list[np.ndarray] = dataclasses.field(default_factory=list)  # (T, D) for each record, or empty
+    moments: stats.Moments | None = None  # of all frames of width D; None if they include outliers
+    n_ignored: int = 0  # hidden and temporary files, and the results of runs
+    n_excluded: int = 0  # by --classes
+    n_leading_axis: int = 0
+    other_files: collections.Counter = dataclasses.field(default_factory=collections.Counter)  # by extension
+    other_arrays: collections.Counter = dataclasses.field(default_factory=collections.Counter)  # by name
     stored: stats.Stored | None = None
-    fingerprint: str = ""
-    cuts_vectors: bool = False
+    fingerprint: str = ""  # of the names and contents of the files
+    reshapes_vectors: bool = False  # whether flat vectors of T * D values are reshaped to (T, D)
 
     @property
-    def files(self) -> int:
-        return len(self.records) + len(self.findings) + self.unwanted
+    def n_files(self) -> int:
+        return len(self.records) + len(self.findings) + self.n_excluded
 
     def count(self, field: str) -> dict[str, int]:
-        """Utterances for each value of one field of the name, emotions in the order of the vocabulary."""
+        """Count utterances by one field of `Utterance`; emotions are in the order of the vocabulary."""
         counts = collections.Counter(getattr(record.utterance, field) for record in self.records)
-        known = {word: place for place, word in enumerate(emotions.EMOTIONS)}
-        return {key: counts[key] for key in sorted(counts, key=lambda key: (known.get(key, len(known)), key or ""))}
+        order = {word: index for index, word in enumerate(emotions.EMOTIONS)}
+        return {key: counts[key] for key in sorted(counts, key=lambda key: (order.get(key, len(order)), key or ""))}
 
     def left_out(self) -> dict[str, int]:
-        """How many files are left out for each code."""
+        """Count the files that are left out, by code."""
         return dict(sorted(collections.Counter(finding.code for finding in self.findings).items()))
 
     @property
     def statistics_are_stale(self) -> bool:
-        """Whether the statistics in the folder were computed by us, but for other files than these."""
+        """Whether the statistics in the folder were computed by train.py, but not for these files."""
         return self.stored is not None and not self.stored.supplied and self.stored.fingerprint != self.fingerprint
 
     def leave_out(self, reasons: dict[str, tuple[str, str]]) -> None:
-        """Move the named files from the records to the findings; `reasons` maps a file to its code and reason."""
-        kept = [place for place, record in enumerate(self.records) if record.file not in reasons]
+        """Move files from the records to the findings; `reasons` maps file names to code and reason."""
+        kept = [index for index, record in enumerate(self.records) if record.file not in reasons]
         self.findings += [Finding(file, code, reason) for file, (code, reason) in reasons.items()]
-        self.features = [self.features[place] for place in kept] if self.features else []
-        self.records = [self.records[place] for place in kept]
+        self.features = [self.features[index] for index in kept] if self.features else []
+        self.records = [self.records[index] for index in kept]
 
 
 def printable(name: str) -> str:
-    """Escape what could forge or garble a line of output: control characters and bytes that are not UTF-8."""
+    """Escape whatever could forge or garble a line of output: control characters and bytes that are not UTF-8."""
     if name.isprintable():
         return name
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in name)
@@ -554,659 +567,674 @@ def printable(name: str) -> str:
 def _is_folder(entry: os.DirEntry) -> bool:
     try:
         return entry.is_dir()
-    except OSError:  # a link that leads to itself
+    except OSError:  # a symbolic link to itself
         return False
 
 
+# Files that identify the folder of a run, whose NPZ files are not features: both of a pair, or either checkpoint.
+_RESULT_FILES = ({"model.npz", "config.json"}, {"fusion.npz", "predictions.csv"})
+_CHECKPOINT_FILES = {"checkpoint-0.npz", "checkpoint-1.npz"}
+
+
 def _walk(folder: Path, scan: Scan) -> Iterator[str]:
-    """Yield the NPZ files below a folder as paths relative to it; count what is passed over."""
-    pending, seen = [""], set()
+    """Yield the NPZ files below a folder as relative paths, and count what is ignored."""
+    pending, visited = [""], set()
     while pending:
         relative = pending.pop()
-        place = os.path.join(folder, relative)
+        path = os.path.join(folder, relative)
         try:
-            status = os.stat(place)
-            entries = list(os.scandir(place))
+            status = os.stat(path)
+            entries = list(os.scandir(path))
         except OSError as error:
             scan.findings.append(Finding(relative, "unreadable", f"the folder cannot be read: {error.strerror}"))
             continue
-        if (status.st_dev, status.st_ino) in seen:
-            continue  # a link that leads back
-        seen.add((status.st_dev, status.st_ino))
+        if (status.st_dev, status.st_ino) in visited:
+            continue  # a symbolic link to a parent folder
+        visited.add((status.st_dev, status.st_ino))
         names = {entry.name for entry in entries}
-        if {"model.npz", "config.json"} <= names or {"fusion.npz", "predictions.csv"} <= names:
-            scan.hidden += len(entries)  # the results of a run that was saved in here
+        if names & _CHECKPOINT_FILES or any(files <= names for files in _RESULT_FILES):
+            scan.n_ignored += len(entries)
             continue
         for entry in entries:
-            path = os.path.join(relative, entry.name)
+            file = os.path.join(relative, entry.name)
             if entry.name.startswith((".", "~")) or entry.name == "__MACOSX":
-                scan.hidden += 1
+                scan.n_ignored += 1
             elif entry.name.lower().endswith(".npz"):
                 if _is_folder(entry):
-                    scan.findings.append(Finding(path, "not-a-file", "is a folder"))
+                    scan.findings.append(Finding(file, "not-a-file", "is a folder"))
                 else:
-                    yield path
+                    yield file
             elif _is_folder(entry):
-                pending.append(path)
+                pending.append(file)
             elif entry.name not in (stats.MEAN_FILE, stats.STD_FILE, stats.BINDING_FILE):
                 scan.other_files[os.path.splitext(entry.name)[1].lower() or entry.name] += 1
 
 
-# --- what the files are called ---
+# --- labels ---
 
 
-class Named(NamedTuple):
-    """What name, folder or table say of a file, and which of them gave the emotion."""
+class Labelled(NamedTuple):
+    """A labelled file."""
 
     utterance: emotions.Utterance
-    source: str
+    source: str  # of the emotion: name, folder, pattern or table
 
 
-def _named(files: list[str], options: ScanOptions) -> Iterator[Named | DataError]:
-    """Label every file by the user's table or pattern, or else by its name and its folders."""
+def _label_files(files: list[str], options: ScanOptions) -> Iterator[Labelled | DataError]:
+    """Label each file by the user's table or pattern, or else by its name and folders."""
     if options.labels:
-        yield from _by_table(files, Path(options.labels))
+        yield from _label_by_table(files, Path(options.labels))
     elif options.pattern:
-        yield from _by_pattern(files, options.pattern)
+        yield from _label_by_pattern(files, options.pattern)
     else:
         for file, parsed in zip(files, emotions.parse_names(files, options.corpus)):
-            yield _by_name(file, parsed)
+            yield _label_by_name(file, parsed)
 
 
-def _by_name(file: str, parsed: emotions.Utterance | ValueError) -> Named | DataError:
-    folders = file.split(os.sep)[-2::-1]  # the innermost first; pathlib would take longer than the reading
+def _label_by_name(file: str, parsed: emotions.Utterance | ValueError) -> Labelled | DataError:
+    folders = file.split(os.sep)[-2::-1]  # innermost first; pathlib would take longer than reading the file
     by_folder = next((word for folder in folders if (word := emotions.folder_emotion(folder))), None)
+    # An ambiguous name is an error even in an emotion-named folder: it contains a speaker, who must not get lost.
     if isinstance(parsed, emotions.AmbiguousName):
         return DataError("ambiguous-name", str(parsed))
     if isinstance(parsed, ValueError):
         if by_folder is None:
             return DataError("unknown-name", str(parsed))
-        return Named(emotions.Utterance(file, "folder", by_folder, speaker=None), "folder")
+        return Labelled(emotions.Utterance(file, "folder", by_folder, speaker=None), "folder")
     if parsed.modality == "video":
-        return DataError("video-only", "holds a picture and no sound, says its name")
+        return DataError("video-only", "is video without sound, according to its name")
     if by_folder not in (None, parsed.emotion):
-        return DataError("label-conflict", f"its name says {parsed.emotion} and its folder says {by_folder}")
-    return Named(parsed, "name")
+        return DataError("label-conflict", f"is labelled {parsed.emotion} by its name, but {by_folder} by its folder")
+    return Labelled(parsed, "name")
 
 
-def _by_pattern(files: list[str], text: str) -> Iterator[Named | DataError]:
+def _label_by_pattern(files: list[str], text: str) -> Iterator[Labelled | DataError]:
     try:
         pattern = re.compile(text)
     except re.error as error:
-        raise UsageError(f"--pattern is no regular expression: {error}") from None
+        raise UsageError(f"--pattern is not a valid regular expression: {error}") from None
     if "emotion" not in pattern.groupindex:
-        raise UsageError("--pattern needs a group (?P<emotion>...), and (?P<speaker>...) where the names tell it")
+        raise UsageError("--pattern needs a group (?P<emotion>...), and (?P<speaker>...) if the names have the speaker")
     for file in files:
         stem = emotions.without_extensions(file)
         match = pattern.fullmatch(stem) or pattern.fullmatch(stem.replace(os.sep, "/").rpartition("/")[2])
         if match and match["emotion"]:
             fields = match.groupdict()
-            yield Named(
-                emotions.own_utterance(file, fields.pop("emotion"), fields.pop("speaker", None), fields), "pattern"
-            )
+            emotion, speaker = fields.pop("emotion"), fields.pop("speaker", None)
+            yield Labelled(emotions.custom_utterance(file, emotion, speaker, fields), "pattern")
         else:
-            yield DataError("unknown-name", f"{stem!r} does not match the pattern")
+            yield DataError("unknown-name", f"{stem!r} does not match --pattern")
 
 
-def _by_table(files: list[str], table: Path) -> Iterator[Named | DataError]:
+def _label_by_table(files: list[str], table: Path) -> Iterator[Labelled | DataError]:
     name = printable(str(table))
     try:
-        with table.open(newline="", encoding="utf-8-sig") as file:
+        with table.open(newline="", encoding="utf-8-sig") as file:  # spreadsheets write a byte order mark
             rows = list(csv.DictReader(file))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UsageError(f"{name}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
     if not rows or not {"file", "emotion"} <= rows[0].keys():
-        raise UsageError(f"{name}: needs a first line with the columns file and emotion, and speaker where it is known")
-    known: dict[str, dict] = {}
+        raise UsageError(f"{name}: needs a header line with the columns file and emotion, and speaker if known")
+    by_stem: dict[str, dict] = {}
     for row in rows:
         key = emotions.without_extensions(row["file"] or "")
-        if key in known and known[key] != row:
-            raise UsageError(f"{name}: has two lines for {printable(key)}")
-        known[key] = row
+        if key in by_stem and by_stem[key] != row:
+            raise UsageError(f"{name}: has two different lines for {printable(key)}")
+        by_stem[key] = row
     for file in files:
         stem = emotions.without_extensions(file).replace(os.sep, "/")
-        row = known.get(stem) or known.get(stem.rpartition("/")[2])
+        row = by_stem.get(stem) or by_stem.get(stem.rpartition("/")[2])
         if row and (row["emotion"] or "").strip():
-            yield Named(emotions.own_utterance(file, row["emotion"], row.get("speaker")), "table")
+            yield Labelled(emotions.custom_utterance(file, row["emotion"], row.get("speaker")), "table")
         else:
-            yield DataError("not-in-table", f"has no line in {name}" if not row else f"has no emotion in {name}")
+            yield DataError("not-in-table", f"has no emotion in {name}" if row else f"has no line in {name}")
 
 
-def _words(text: str) -> list[str]:
-    return [emotions.fold_emotion(word) for word in text.split(",") if word.strip()]
+class EmotionFilter:
+    """Applies the merges of a model, --merge and --classes: returns the emotion to use, or None if it is excluded."""
 
-
-class _Wanted:
-    """What --merge and --classes make of an emotion: another one, itself, or None if it is not wanted."""
-
-    def __init__(self, options: ScanOptions):
-        self.fold = dict(tuple(_words(entry.replace("=", ","))) for entry in options.merge)
-        self.kept = None if options.classes is None else _words(options.classes)
+    def __init__(self, options: ScanOptions, model_merge: tuple[str, ...] = ()):
+        merges = _parse_merges(options.merge)
+        self.merges = _parse_merges(model_merge) | merges  # the options override the model
+        self.classes = None if options.classes is None else _parse_emotions(options.classes)
+        self.requested = (*merges, *(self.classes or ()))
         self.seen: set[str] = set()
 
     def __call__(self, emotion: str) -> str | None:
-        folded = self.fold.get(emotion, emotion)
-        self.seen |= {emotion, folded}
-        return folded if self.kept is None or folded in self.kept else None
+        merged = self.merges.get(emotion, emotion)
+        self.seen |= {emotion, merged}
+        return merged if self.classes is None or merged in self.classes else None
 
-    def check(self) -> None:
-        """Say which word of the two options no file has: it would do nothing in silence."""
-        unknown = [word for word in (*self.fold, *(self.kept or ())) if word not in self.seen]
+    def check_requested(self) -> None:
+        """Raise a UsageError if no file has an emotion that the user requested; a typo would have no effect."""
+        unknown = [word for word in self.requested if word not in self.seen]
         if unknown:
             found = printable(", ".join(sorted(self.seen))) or "none"
             raise UsageError(f"no file has the emotion {printable(', '.join(unknown))}; found: {found}")
 
 
-# --- which width they have ---
+# --- the width D of the features ---
+
+# A flat vector may be a sequence of T * D values, or a vector of another encoder that happens to be k * D wide (768 and
+# 1536). It is reshaped only if D is known from elsewhere: --dim, statistics files, or sequences in the folder.
 
 
-def _shows_width(shapes: collections.Counter, width: int) -> bool:
-    """Whether sequences of this width say that flat vectors of T * D values belong to them.
-
-    Such vectors differ in length as recordings do, and vectors of an encoder are all as long: one odd file among those
-    must not cut them up.
-    """
-    sequences = sum(files for shape, files in shapes.items() if len(shape) == 2 and shape[1] == width)
+def _confirms_width(shapes: collections.Counter, width: int) -> bool:
+    """Whether `shapes` (number of files by shape) is evidence that flat vectors are sequences of this width."""
+    # Flat sequences vary in length; vectors of an encoder do not, and must not be reshaped because of one odd file. So
+    # there must be as many sequences as vectors of any one length, or no length with half of the vectors.
+    n_sequences = sum(files for shape, files in shapes.items() if len(shape) == 2 and shape[1] == width)
     flat = [files for shape, files in shapes.items() if len(shape) == 1 and shape[0] != width]
-    return width > 1 and sequences > 0 and (sequences >= max(flat, default=0) or 2 * max(flat) < sum(flat))
+    return width > 1 and n_sequences > 0 and (n_sequences >= max(flat, default=0) or 2 * max(flat) < sum(flat))
 
 
-def _common_width(shapes: collections.Counter) -> int | None:
-    """The width D that most files fit: vectors (D,), sequences (T, D), and flat (T * D,) where sequences show D."""
-    heights = {shape[0] for shape in shapes}
-    if len(shapes) > 2 and len(heights) == 1 and all(len(shape) == 2 for shape in shapes):
-        return heights.pop()  # (D, T) with T that varies
-    support = collections.Counter()
+def _majority_width(shapes: collections.Counter) -> int | None:
+    """The width D that most files fit, given the number of files of each shape."""
+    # If only the second axis varies, the arrays are (D, T): return D, so that they are reported as transposed.
+    first_axes = {shape[0] for shape in shapes}
+    if len(shapes) > 2 and len(first_axes) == 1 and all(len(shape) == 2 for shape in shapes):
+        return first_axes.pop()
+    votes = collections.Counter()
     for width in {shape[-1] for shape in shapes}:
-        shown = _shows_width(shapes, width)
+        confirmed = _confirms_width(shapes, width)
         for shape, files in shapes.items():
-            support[width] += files * (shape[-1] == width or (shown and len(shape) == 1 and shape[0] % width == 0))
-    (width, files), *others = support.most_common(2) or [(None, 0)]
-    if others and others[0][1] == files:
-        tied = " and ".join(str(width) for width, count in sorted(support.items()) if count == files)
-        raise UsageError(f"as many files have features of width {tied}; choose one with --dim")
+            votes[width] += files * (shape[-1] == width or (confirmed and len(shape) == 1 and shape[0] % width == 0))
+    (width, files), *others = votes.most_common(2) or [(None, 0)]
+    if others and others[0][1] == files:  # a guess could leave out the wrong half
+        tied = " and ".join(str(width) for width, count in sorted(votes.items()) if count == files)
+        raise UsageError(f"equally many files have width {tied}; choose one with --dim")
     return width
 
 
-def _misfits(result: Scan) -> dict[str, tuple[str, str]]:
-    """The files whose features are not D wide.
+def _statistics_width(result: Scan, options: ScanOptions) -> int | None:
+    """The width given by the statistics files: the user's always count, ours only if they are for these files."""
+    if result.stored is None or result.statistics_are_stale:
+        return None
+    width = result.stored.statistics.mean.size
+    if not result.stored.supplied:
+        return width
+    if options.dim not in (None, width):
+        raise _statistics_conflict(width, f"--dim is {options.dim}")
+    shapes = {record.shape for record in result.records}
+    if len(shapes) == 1 and len(result.records) > 1 and options.dim is None:
+        (shape,) = shapes
+        # Vectors of equal length are not sequences, even if the width divides that length.
+        if len(shape) == 1 and shape[0] != width:
+            raise _statistics_conflict(width, f"the files have shape {shape}")
+    return width
 
-    A flat vector of T * D values is cut into frames only where D is more than the common length of vectors, since one
-    encoder's vector is often twice as wide as another's.
-    """
-    found = {record.file: _misfit(record.shape, result.dim, result.cuts_vectors) for record in result.records}
-    return {file: misfit for file, misfit in found.items() if misfit}
+
+def _statistics_conflict(width: int, other: str) -> DataError:
+    return DataError("bad-statistics", f"{stats.MEAN_FILE} has {width} values, but {other}")
 
 
-def _misfit(shape: tuple[int, ...], dim: int, cuts_vectors: bool) -> tuple[str, str] | None:
-    if shape[-1] == dim or (cuts_vectors and len(shape) == 1 and shape[0] % dim == 0):
+def width_fault(shape: tuple[int, ...], dim: int, reshapes_vectors: bool) -> tuple[str, str] | None:
+    """Code and reason if an array of this shape does not fit the width `dim`, else None."""
+    if shape[-1] == dim or (reshapes_vectors and len(shape) == 1 and shape[0] % dim == 0):
         return None
     if len(shape) == 2 and shape[0] == dim:
-        return "transposed", f"shape {shape} looks like (D, T) and not like (T, D)"
-    return "other-width", f"shape {shape} does not fit features of width {dim}"
+        return "transposed", f"shape {shape} looks like (D, T), not (T, D)"
+    return "other-width", f"shape {shape} does not fit width {dim}"
 
 
 # --- the scan ---
 
 
-class _Shelf:
-    """Copies of arrays, side by side in blocks that go back to the system with the last array that lies on them.
+class Arena:
+    """Copies arrays into large shared blocks; a block is freed together with the last array in it."""
 
-    Each on its own, arrays of a few hundred kB would lie between the small objects of the scan, and their memory
-    would stay with the process when they are given up.
-    """
+    # Separate arrays of some hundred kB would lie on the heap between the small objects of the scan, which would keep
+    # their memory from being returned to the system.
 
     def __init__(self):
         self._block, self._used = np.empty(0, np.float32), 0
 
-    def keep(self, array: np.ndarray) -> np.ndarray:
+    def store(self, array: np.ndarray) -> np.ndarray:
         if self._used + array.size > self._block.size:
-            self._block, self._used = np.empty(max(array.size, 1 << 24), np.float32), 0
-        kept = self._block[self._used : self._used + array.size].reshape(array.shape)
+            self._block, self._used = np.empty(max(array.size, 1 << 24), np.float32), 0  # 64 MiB or more
+        copy = self._block[self._used : self._used + array.size].reshape(array.shape)
         self._used += array.size
-        kept[...] = array
-        return kept
+        copy[...] = array
+        return copy
 
 
-def scan(
-    options: ScanOptions,
-    *,
-    keep_features: bool = False,
-    progress: Callable[[int], None] = lambda files: None,
-) -> Scan:
-    """Read every NPZ file below a folder and decide which ones training can use.
+Progress = Callable[[int], None]
 
-    This one function decides it for `check_data.py` and for `train.py`.
+
+def _no_progress(n_files: int) -> None:
+    """The default for `progress`."""
+
+
+def scan(options: ScanOptions, *, keep_features: bool = False, progress: Progress = _no_progress) -> Scan:
+    """Read every NPZ file below a folder and determine which ones training can use.
+
+    `check_data.py` and `train.py` both call this function, so they always agree.
 
     Parameters
     ----------
     keep_features
-        Whether to keep the arrays; without it no more than one sequence is in memory at a time.
+        Whether to keep the arrays; if not, at most one sequence is in memory at a time.
     progress
         Called with the number of files read so far.
 
     Raises
     ------
     UsageError
-        If there is no such folder, no NPZ file in it, or no telling which width is meant.
+        If there is no such folder, no NPZ file in it, or no majority for a width.
     stats.DataError
         `bad-statistics`, if the statistics files in the folder cannot be used.
     """
-    result = Scan(folder(options.directory))
+    result = Scan(require_folder(options.directory))
     result.stored = stats.load(result.directory)
     files = sorted(_walk(result.directory, result))
     if not files and not result.findings:
-        raise UsageError(_nothing_found(result))
-    wanted, place, shelf = _Wanted(options), str(result.directory), _Shelf()
+        raise UsageError(_no_files_message(result))
+    moments = _read_files(result, files, options, keep_features, progress)
+    finalize_scan(result, options, moments)
+    return result
+
+
+def _read_files(
+    result: Scan, files: list[str], options: ScanOptions, keep_features: bool, progress: Progress
+) -> dict[int, stats.RunningMoments]:
+    """Read the files into records and findings; return the moments of the frames for each width."""
+    emotion_filter, folder, arena = EmotionFilter(options), str(result.directory), Arena()
+    # The width of the set is known only after all files have been read, hence moments for each width.
     moments: dict[int, stats.RunningMoments] = collections.defaultdict(stats.RunningMoments)
-    for number, (file, name) in enumerate(zip(files, _named(files, options)), 1):
+    for number, (file, label) in enumerate(zip(files, _label_files(files, options)), 1):
         try:
-            if isinstance(name, DataError):
-                raise name
-            emotion = wanted(name.utterance.emotion)
+            if isinstance(label, DataError):
+                raise label
+            emotion = emotion_filter(label.utterance.emotion)
             if emotion is None:
-                result.unwanted += 1
+                result.n_excluded += 1
                 continue
-            read = read_features(f"{place}{os.sep}{file}", options.transpose, options.nan_to_zero)
+            features = read_features(f"{folder}{os.sep}{file}", options.transpose, options.nan_to_zero)
         except DataError as error:
             result.findings.append(Finding(file, error.code, error.reason))
             continue
         finally:
             progress(number)
-        utterance = name.utterance
+        utterance = label.utterance
         if emotion != utterance.emotion:
             utterance = dataclasses.replace(utterance, emotion=emotion)
-        shape = read.array.shape
-        result.records.append(Record(utterance, name.source, shape, read.key, read.dtype, read.crc, read.rms))
-        result.other_members.update(member for member in read.members if member != read.key)
-        result.leading += len(read.stored_shape) > len(shape)
-        moments[shape[-1]].add(read.array.reshape(-1, shape[-1]))
+        array, key = features.array, features.key
+        record = Record(utterance, label.source, array.shape, key, features.dtype, features.crc, features.rms)
+        result.records.append(record)
+        result.other_arrays.update(name for name in features.array_names if name != key)
+        result.n_leading_axis += len(features.stored_shape) > array.ndim
+        moments[array.shape[-1]].add(array.reshape(-1, array.shape[-1]))
         if keep_features:
-            result.features.append(shelf.keep(read.array))
-    wanted.check()
-    _settle(result, options, moments)
-    return result
+            result.features.append(arena.store(array))
+    emotion_filter.check_requested()
+    return moments
 
 
-def stream(
-    options: ScanOptions,
-    result: Scan,
-    rms: float,
-    merge: tuple[str, ...] = (),
-    progress: Callable[[int], None] = lambda files: None,
+def iter_features(
+    options: ScanOptions, result: Scan, rms: float, merge: tuple[str, ...] = (), progress: Progress = _no_progress
 ) -> Iterator[tuple[emotions.Utterance, np.ndarray]]:
-    """Read the files of a folder, or a single file, one at a time, for a model that knows its features already.
+    """Read the features of a folder or a single file one at a time, for a model that is trained already.
 
     Parameters
     ----------
     result
-        Says where, how wide the features are, and whether flat vectors are cut into frames. What cannot be used is
-        added to its findings.
+        Has the path, the width D, and whether flat vectors are reshaped. Findings are added to it.
     rms
-        Root of the mean square of the features that the model was trained on.
+        Typical root mean square of the features that the model was trained on.
     merge
-        Emotions that the model folds into others, beside those of the options.
+        Emotions that the model merges, in addition to those of the options.
 
     Yields
     ------
-    utterance, frames
-        What the name tells, whose emotion is None where it tells none that is wanted, and the features, (T, D).
+    utterance, features
+        The emotion is None if it is unknown or excluded; the features have shape (T, D).
 
     Raises
     ------
     UsageError
         If there is no such folder or file, or no NPZ file in it.
     """
-    place, wanted, asked = result.directory, _Wanted(options), _Wanted(options)
-    wanted.fold = _Wanted(dataclasses.replace(options, merge=merge)).fold | wanted.fold
-    if place.is_dir():
-        files = names = sorted(_walk(folder(place), result))
-    elif os.path.lexists(place):  # its folders may tell the emotion, or the speaker
-        files, names, place = [place.name], [os.sep.join(place.absolute().parts[-3:])], place.parent
-    else:
-        raise UsageError(f"{printable(str(place))}: no such file or folder{_suggestion(place.parent)}")
-    if not files and not result.findings:
-        raise UsageError(_nothing_found(result))
-    for number, (file, name) in enumerate(zip(files, _named(names, options)), 1):
+    emotion_filter = EmotionFilter(options, merge)
+    folder, files, paths = _input_files(result)
+    for number, (file, label) in enumerate(zip(files, _label_files(paths, options)), 1):
         utterance = emotions.Utterance(file, "", None, None)
-        if not isinstance(name, DataError):
-            utterance = dataclasses.replace(name.utterance, file=file, emotion=wanted(name.utterance.emotion))
+        if isinstance(label, Labelled):
+            emotion = emotion_filter(label.utterance.emotion)
+            utterance = dataclasses.replace(label.utterance, file=file, emotion=emotion)
         try:
-            read = read_features(place / file, options.transpose, options.nan_to_zero)
-            if fault := _misfit(read.array.shape, result.dim, result.cuts_vectors) or _off_scale(read.rms, rms):
-                raise DataError(*fault)
+            array = _read_fitting(folder / file, options, result, rms)
         except DataError as error:
             result.findings.append(Finding(file, error.code, error.reason))
         else:
-            yield utterance, read.array.reshape(-1, result.dim)
+            yield utterance, array
         progress(number)
-    asked.seen = wanted.seen
-    asked.check()
+    emotion_filter.check_requested()
 
 
-def _settle(result: Scan, options: ScanOptions, moments: dict[int, stats.RunningMoments]) -> None:
-    """Decide what only the whole set can tell: its width, its duplicates, its notes."""
+def _input_files(result: Scan) -> tuple[Path, list[str], list[str]]:
+    """The folder of the input, the names of its files, and for each file the path that may contain its labels."""
+    path = result.directory
+    if path.is_dir():
+        files = sorted(_walk(require_folder(path), result))
+        if not files and not result.findings:
+            raise UsageError(_no_files_message(result))
+        return path, files, files
+    if not os.path.lexists(path):
+        raise UsageError(f"{printable(str(path))}: no such file or folder{_suggest_folders(path.parent)}")
+    # The two folders above a single file may contain its emotion and its speaker.
+    return path.parent, [path.name], [os.sep.join(path.absolute().parts[-3:])]
+
+
+def _read_fitting(path: Path, options: ScanOptions, result: Scan, rms: float) -> np.ndarray:
+    """Read one file for a trained model, shape (T, D); raise a DataError if its width or scale does not fit."""
+    features = read_features(path, options.transpose, options.nan_to_zero)
+    shape = features.array.shape
+    if fault := width_fault(shape, result.dim, result.reshapes_vectors) or scale_fault(features.rms, rms):
+        raise DataError(*fault)
+    return features.array.reshape(-1, result.dim)
+
+
+def finalize_scan(result: Scan, options: ScanOptions, moments: dict[int, stats.RunningMoments]) -> None:
+    """Determine what depends on the whole set: its width, outliers, duplicates and notes."""
+    # The fingerprint comes first: it determines whether the statistics files belong to these files, and give the width.
     result.fingerprint = _fingerprint(result.records)
     shapes = collections.Counter(record.shape for record in result.records)
-    bound = _width_of_statistics(result, options)
-    known = options.dim or bound
-    result.dim = known or _common_width(shapes)
-    result.cuts_vectors = bool(known or (shapes and _shows_width(shapes, result.dim)))
-    result.leave_out(_misfits(result))
-    if bound and shapes and not result.records:
-        shape = shapes.most_common(1)[0][0]
-        raise DataError("bad-statistics", f"{stats.MEAN_FILE} has {bound} numbers and the files have shape {shape}")
+    statistics_width = _statistics_width(result, options)
+    known_width = options.dim or statistics_width
+    result.dim = known_width or _majority_width(shapes)
+    result.reshapes_vectors = bool(known_width or (shapes and _confirms_width(shapes, result.dim)))
+    faults = {record.file: width_fault(record.shape, result.dim, result.reshapes_vectors) for record in result.records}
+    result.leave_out({file: fault for file, fault in faults.items() if fault})
+    if statistics_width and shapes and not result.records:
+        raise _statistics_conflict(statistics_width, f"the files have shape {max(shapes, key=shapes.get)}")
     result.features = [array.reshape(-1, result.dim) for array in result.features]
     result.moments = moments[result.dim].merged() if result.dim in moments else None
-    absurd = _absurd(result)
-    result.leave_out(absurd)
-    if absurd:  # they are in the moments too
+    outliers = scale_outliers(result)
+    result.leave_out(outliers)
+    if outliers:  # they are in the moments, which cannot be corrected without reading the files again
         result.moments = None
-    result.leave_out(_duplicates(result, options))
+    result.leave_out(_find_duplicates(result, options))
     result.notes += sorted(_notes(result))
     result.findings.sort()
 
 
 def _fingerprint(records: list[Record]) -> str:
-    """Hash of the names and contents of files: another set has another one."""
+    """Hash the names, shapes and checksums of the files."""
     listing = "\n".join(f"{record.file!r} {record.shape} {record.crc}" for record in records)
     return hashlib.sha256(listing.encode()).hexdigest()[:16]
 
 
-def _width_of_statistics(result: Scan, options: ScanOptions) -> int | None:
-    """The width that the statistics files bind the set to: the user's own do, ours only if they are for these files."""
-    if result.stored is None or result.statistics_are_stale:
-        return None
-    width = result.stored.statistics.mean.size
-    if result.stored.supplied and options.dim not in (None, width):
-        raise DataError("bad-statistics", f"{stats.MEAN_FILE} has {width} numbers and --dim says {options.dim}")
-    shapes = {record.shape for record in result.records}
-    if result.stored.supplied and len(shapes) == 1 and len(result.records) > 1 and options.dim is None:
-        (shape,) = shapes
-        if len(shape) == 1 and shape[0] != width:  # vectors of one length are no sequences
-            raise DataError("bad-statistics", f"{stats.MEAN_FILE} has {width} numbers and the files have shape {shape}")
-    return width
-
-
-def _absurd(result: Scan) -> dict[str, tuple[str, str]]:
-    """Files whose features are a thousand times as large as those of the rest, or as small: damage that is finite."""
-    size = np.array([record.rms for record in result.records])
-    if len(size) < 10 or not (middle := np.median(size)):
+def scale_outliers(result: Scan) -> dict[str, tuple[str, str]]:
+    """Files whose features are 1000 times larger or smaller than usual, with code and reason: damage that is finite."""
+    rms = np.array([record.rms for record in result.records])
+    if len(rms) < 10 or not (median := np.median(rms)):  # too few for a reference, or half of them zero
         return {}
-    found = {record.file: _off_scale(record.rms, middle) for record in result.records}
-    return {file: fault for file, fault in found.items() if fault}
+    faults = {record.file: scale_fault(record.rms, median) for record in result.records}
+    return {file: fault for file, fault in faults.items() if fault}
 
 
-def _off_scale(rms: float, usual: float) -> tuple[str, str] | None:
-    if usual / 1000 < rms < usual * 1000:
+def scale_fault(rms: float, typical: float) -> tuple[str, str] | None:
+    """Code and reason if a root mean square differs from the typical one by a factor of 1000, else None."""
+    if typical / 1000 < rms < typical * 1000:
         return None
-    return "absurd-scale", f"its values are about {rms:.3g} and those of the set about {usual:.3g}"
+    return "absurd-scale", f"its RMS is {rms:.3g}, the typical RMS is {typical:.3g}"
 
 
-def _duplicates(result: Scan, options: ScanOptions) -> dict[str, tuple[str, str]]:
-    """Files with the same features: a note where they agree in label and speaker, otherwise they are left out.
-
-    With two labels none of them can be trusted; of several speakers, or of unknown ones, only the first file stays,
-    since the others might come to stand on the other side of a split.
-    """
-    alike = collections.defaultdict(list)
+def _find_duplicates(result: Scan, options: ScanOptions) -> dict[str, tuple[str, str]]:
+    """Find files with identical features; return those to leave out, with code and reason, and note the others."""
+    by_content = collections.defaultdict(list)
     for record in result.records:
-        alike[record.crc, record.shape, record.dtype].append(record)
+        by_content[record.crc, record.shape, record.dtype].append(record)
     reasons, harmless = {}, []
-    for first, *others in alike.values():
+    for first, *others in by_content.values():
         others = [other for other in others if _same_features(result.directory, options, first, other)]
         group = [first, *others]
-        labels = sorted({record.utterance.emotion for record in group})
         speakers = {record.utterance.speaker for record in group}
-        if len(labels) > 1:
+        if len({record.utterance.emotion for record in group}) > 1:
+            # All of them, because any of the labels may be wrong.
             for record in group:
                 other = next(other for other in group if other.utterance.emotion != record.utterance.emotion)
                 label = printable(other.utterance.emotion)
-                told = f"has the same features as {printable(other.file)}, which is labelled {label}"
-                reasons[record.file] = ("duplicate-conflict", told)
+                reason = f"has the same features as {printable(other.file)}, which is labelled {label}"
+                reasons[record.file] = ("duplicate-conflict", reason)
         elif len(speakers) > 1 or None in speakers:
+            # All but the first, because a split by speaker could put copies of training data into the test set.
             for record in others:
-                whose = printable(first.utterance.speaker or "an unknown speaker")
-                told = f"has the same features as {printable(first.file)} of {whose}"
-                reasons[record.file] = ("duplicate-speaker", told)
+                speaker = printable(first.utterance.speaker or "an unknown speaker")
+                reason = f"has the same features as {printable(first.file)} by {speaker}"
+                reasons[record.file] = ("duplicate-speaker", reason)
         else:
             harmless += [f"{printable(first.file)} = {printable(record.file)}" for record in others]
     if harmless:
-        result.notes.append(Note("duplicate", _some(harmless)))
+        result.notes.append(Note("duplicate", format_names(harmless)))
     return reasons
 
 
-def _same_features(directory: Path, options: ScanOptions, one: Record, other: Record) -> bool:
-    """Compare two files whose checksums agree, which is no proof yet."""
+def _same_features(directory: Path, options: ScanOptions, *pair: Record) -> bool:
+    """Compare two files with equal checksums, because a CRC-32 can agree by chance."""
     try:
-        first, second = (
-            read_features(directory / record.file, options.transpose, options.nan_to_zero).array
-            for record in (one, other)
-        )
-    except DataError:  # gone by now
+        arrays = [read_features(directory / r.file, options.transpose, options.nan_to_zero).array for r in pair]
+    except DataError:  # changed or removed since the scan
         return False
-    return np.array_equal(first, second)
-
-
-def _some(names: list[str], limit: int = 5) -> str:
-    return f"{len(names)}: {', '.join(names[:limit])}" + ", ..." * (len(names) > limit)
+    return np.array_equal(*arrays)
 
 
 def _notes(result: Scan) -> Iterator[Note]:
     yield from _name_notes(result)
     yield from _class_notes(result)
-    yield from _number_notes(result)
-    reshaped = sum(len(record.shape) == 1 and record.shape[0] != result.dim for record in result.records)
-    if reshaped:
-        yield Note("reshaped", f"{reshaped} files, frames of {result.dim}")
-    if result.leading:
-        yield Note("leading-axis", f"{result.leading} files")
-    if result.other_members:
-        yield Note("other-arrays", _listing(dict(result.other_members.most_common()), 5))
+    yield from _feature_notes(result)
+    n_reshaped = sum(len(record.shape) == 1 and record.shape[0] != result.dim for record in result.records)
+    if n_reshaped:
+        yield Note("reshaped", f"{n_reshaped} files, D = {result.dim}")
+    if result.n_leading_axis:
+        yield Note("leading-axis", f"{result.n_leading_axis} files")
+    if result.other_arrays:
+        yield Note("other-arrays", format_counts(dict(result.other_arrays.most_common()), 5))
 
 
 def _name_notes(result: Scan) -> Iterator[Note]:
-    """What the names tell of the recordings."""
+    """Notes on the recordings, from their names."""
     utterances = [record.utterance for record in result.records]
-    takes = collections.defaultdict(list)
+    takes = collections.defaultdict(list)  # files that differ in modality only
     for utterance in utterances:
         if utterance.modality:
             takes[dataclasses.replace(utterance, file="", modality=None)].append(printable(utterance.file))
     twins = [" = ".join(files) for files in takes.values() if len(files) > 1]
     if twins:
-        yield Note("twins", _some(twins))
+        yield Note("twins", format_names(twins))
     sung = [printable(utterance.file) for utterance in utterances if utterance.channel == "song"]
     if sung:
-        yield Note("song", _some(sung, 3))
-    damaged = [f"{printable(u.file)} ({told})" for u in utterances if (told := emotions.known_damage(u))]
+        yield Note("song", format_names(sung, 3))
+    damaged = [f"{printable(u.file)} ({damage})" for u in utterances if (damage := emotions.known_damage(u))]
     if damaged:
-        yield Note("known-damaged", _some(damaged))
+        yield Note("known-damaged", format_names(damaged))
     nameless = collections.Counter(utterance.corpus for utterance in utterances if utterance.speaker is None)
     if nameless:
-        yield Note("no-speaker", _listing(dict(nameless)))
+        yield Note("no-speaker", format_counts(dict(nameless)))
 
 
 def _class_notes(result: Scan) -> Iterator[Note]:
-    """Classes too small to be learned or judged."""
+    """Notes on classes that are too small to train or to score."""
     counts = result.count("emotion")
     speakers = collections.defaultdict(set)
     for record in result.records:
         speakers[record.utterance.emotion].add(record.utterance.speaker)
-    few = [
-        f"{printable(emotion)} {len(who)} speakers"
-        for emotion, who in speakers.items()
-        if len(who) < 5 and None not in who
-    ]
+    few = {emotion: len(known) for emotion, known in speakers.items() if len(known) < 5 and None not in known}
     if few:
-        yield Note("few-speakers", ", ".join(few))
+        yield Note("few-speakers", format_counts(few))
     small = {emotion: count for emotion, count in counts.items() if count < 10}
     if small:
-        yield Note("few-utterances", _listing(small))
+        yield Note("few-utterances", format_counts(small))
     if counts and max(counts.values()) > 5 * min(counts.values()):
-        yield Note("imbalance", _listing(counts))
+        yield Note("imbalance", format_counts(counts))
 
 
-def _number_notes(result: Scan) -> Iterator[Note]:
-    """What the numbers tell of the extraction."""
-    size = np.log([max(record.rms, 1e-30) for record in result.records])
-    if len(size) >= 10:
-        distance = np.abs(size - np.median(size))
+def _feature_notes(result: Scan) -> Iterator[Note]:
+    """Notes on signs of a problem in feature extraction."""
+    log_rms = np.log([max(record.rms, 1e-30) for record in result.records])  # factors of 3 and 1/3 are equally far
+    if len(log_rms) >= 10:
+        # Median and median absolute deviation, because outliers would inflate mean and standard deviation.
+        distance = np.abs(log_rms - np.median(log_rms))
         far = np.flatnonzero(distance > max(np.log(3), 10 * np.median(distance)))
-        named = [f"{printable(result.records[place].file)} ({result.records[place].rms:.3g})" for place in far]
-        if named:
-            yield Note("norm-outlier", f"{_some(named)}; the median is {np.exp(np.median(size)):.3g}")
+        names = [f"{printable(result.records[index].file)} ({result.records[index].rms:.3g})" for index in far]
+        if names:
+            yield Note("norm-outlier", f"{format_names(names)}; the median is {np.exp(np.median(log_rms)):.3g}")
     if result.moments is None or result.moments.count < 10:
         return
     statistics = result.moments.statistics()
     dead = np.flatnonzero(statistics.constant())
     if dead.size:
-        yield Note("dead-dimensions", _some([str(place) for place in dead], 10))
+        yield Note("dead-dimensions", format_names([str(index) for index in dead], 10))
+    # Medians over dimensions, because dead dimensions keep their mean and have no deviation.
     if np.median(np.abs(statistics.mean)) < 0.02 and abs(np.median(statistics.std) - 1) < 0.02:
         yield Note("already-normalised", f"over {int(result.moments.count)} frames")
 
 
-def folder(directory: str | Path) -> Path:
-    """The folder as a path.
+def require_folder(directory: str | Path) -> Path:
+    """Return the path of an existing, readable folder.
 
     Raises
     ------
     UsageError
-        If there is none; the usual other places are named where they hold features.
+        If there is none; the message suggests folders nearby that contain NPZ files.
     """
     path = Path(directory)
     name = printable(str(directory))
     try:
         os.scandir(path).close()
     except FileNotFoundError:
-        raise UsageError(f"{name}: no such folder{_suggestion(path.parent)}") from None
+        raise UsageError(f"{name}: no such folder{_suggest_folders(path.parent)}") from None
     except NotADirectoryError:
-        raise UsageError(f"{name}: is a file; give the folder that holds the NPZ files") from None
+        raise UsageError(f"{name}: is a file; pass the folder that contains the NPZ files") from None
     except OSError as error:
         raise UsageError(f"{name}: cannot be read: {error.strerror}") from None
     return path
 
 
-def _suggestion(folder: Path) -> str:
-    """Look at the usual other places for features and name those that hold any."""
+def _suggest_folders(folder: Path) -> str:
+    """Suggest the usual feature folders, here or one level up, that contain NPZ files; empty if there are none."""
     usual = ("models/wav2vec", "wav2vec_features", "wav2vec", "features", "embeddings")
-    places = [base / place for base in (folder, folder.parent) for place in usual]
-    found = [place for place in dict.fromkeys(places) if os.access(place, os.R_OK) and any(place.glob("*.npz"))]
-    return f"; there are NPZ files in {', '.join(printable(str(place)) for place in found)}" if found else ""
+    paths = [base / name for base in (folder, folder.parent) for name in usual]
+    found = [path for path in dict.fromkeys(paths) if os.access(path, os.R_OK) and any(path.glob("*.npz"))]
+    return f"; there are NPZ files in {', '.join(printable(str(path)) for path in found)}" if found else ""
 
 
-def _nothing_found(result: Scan) -> str:
+def _no_files_message(result: Scan) -> str:
     found = ", ".join(f"{count} {printable(suffix)}" for suffix, count in result.other_files.most_common(5))
-    advice = ""
+    content = f"only {found} files" if found else "the folder is empty"
     if any(suffix in result.other_files for suffix in (".wav", ".flac", ".mp3", ".mp4")):
-        advice = ": extract embeddings first"
-    what = f"only {found} files{advice}" if found else "the folder is empty"
-    return f"{printable(str(result.directory))}: no NPZ file; {what}{_suggestion(result.directory)}"
+        content += ": extract embeddings first"
+    return f"{printable(str(result.directory))}: no NPZ files; {content}{_suggest_folders(result.directory)}"
 
 
-def obstacles(result: Scan) -> list[str]:
-    """What stops training on this folder, each in one sentence that tells what to do; empty if nothing does."""
+def blockers(result: Scan) -> list[str]:
+    """The reasons why the folder cannot be used for training, each with a remedy; empty if it can."""
     if not result.records:
-        return ["no file can be used; mend the first of the findings above and the rest often follows"]
+        return ["no file can be used: fix the first problem above; the others often have the same cause"]
     classes = result.count("emotion")
     if len(classes) < 2:
-        return [f"all files have one emotion ({printable(next(iter(classes)))}); add files of another"]
+        return [f"all files have the same emotion ({printable(next(iter(classes)))}); add files with another one"]
     if len(result.records) < 10:
-        return [f"{len(result.records)} usable files are too few to train and to test on; add more"]
+        return [f"{len(result.records)} usable files are too few to train and test on; add more"]
     return []
 
 
 # --- reporting ----------------------------------------------------------------------------------------------------
 
 
-def _listing(counts: dict[str, int], limit: int = 12) -> str:
-    shown = [f"{printable(str(key))} {count}" for key, count in list(counts.items())[:limit]]
-    return ", ".join(shown) + (f", and {len(counts) - limit} more" if len(counts) > limit else "")
+def format_names(names: list[str], limit: int = 5) -> str:
+    shown = ", ".join(names[:limit])
+    return f"{len(names)}: {shown}, ..." if len(names) > limit else f"{len(names)}: {shown}"
 
 
-def _span(values: Iterable[int]) -> str:
+def format_counts(counts: dict[str, int], limit: int = 12) -> str:
+    shown = ", ".join(f"{printable(str(key))} {count}" for key, count in list(counts.items())[:limit])
+    return f"{shown}, and {len(counts) - limit} more" if len(counts) > limit else shown
+
+
+def format_range(values: Iterable[int]) -> str:
     lowest, highest = min(values), max(values)
     return str(lowest) if lowest == highest else f"{lowest} to {highest}"
 
 
-def _label_sources(result: Scan) -> str:
+def _labels_line(result: Scan) -> str:
     sources = collections.Counter(record.labelled_by for record in result.records)
-    nested = any("/" in record.utterance.file or os.sep in record.utterance.file for record in result.records)
-    layout = "in subfolders" if nested else "flat in the folder"
+    nested = any("/" in record.file or os.sep in record.file for record in result.records)
     words = {
-        "name": "read from the file names",
-        "folder": "read from emotion-named folders",
-        "pattern": "read by your pattern",
-        "table": "read from your table",
+        "name": "from file names",
+        "folder": "from emotion-named folders",
+        "pattern": "from file names, by --pattern",
+        "table": "from the table given by --labels",
     }
-    return f"{' and '.join(f'{words[source]} ({count})' for source, count in sources.items())}; files lie {layout}"
+    labels = " and ".join(f"{words[source]} ({count})" for source, count in sources.items())
+    return f"{labels}; files are {'in subfolders' if nested else 'flat in the folder'}"
 
 
 def _statistics_line(result: Scan) -> str:
     pair = f"{stats.MEAN_FILE} and {stats.STD_FILE}"
     if result.stored is None:
-        return "none here; train.py will compute them and save them here"
+        return "none here; train.py will compute and save them"
     if result.stored.supplied:
-        return f"{pair} are yours and apply everywhere"
+        return f"{pair} were supplied by you and are used for every fold and the final model"
     if result.statistics_are_stale:
-        return f"{pair} were computed for OTHER files and are not used; train.py --recompute-stats renews them"
+        return f"{pair} were computed for OTHER files and are not used; update them with train.py --recompute-stats"
     return f"{pair} were computed for these files"
 
 
 def _features_line(result: Scan) -> str:
     forms = collections.Counter("vector" if record.shape == (result.dim,) else "sequence" for record in result.records)
     lengths = [math.prod(record.shape) // result.dim for record in result.records]
-    form = " and ".join(f"{count} {form}{'s' * (count != 1)}" for form, count in forms.most_common())
-    frames = f" of {_span(lengths)} frames" if "sequence" in forms else ""
-    return f"{form}{frames}, {result.dim} numbers wide"
+    counted = " and ".join(f"{count} {form}{'s' * (count != 1)}" for form, count in forms.most_common())
+    frames = f" of {format_range(lengths)} frames" if "sequence" in forms else ""
+    return f"{counted}{frames}, width {result.dim}"
 
 
 def findings_report(result: Scan, limit: int | None = 20) -> Iterator[str]:
-    """One line for each file that is left out, at most `limit` lines for one code."""
-    seen = collections.Counter()
+    """Yield one line for each file that is left out, at most `limit` lines per code."""
+    shown = collections.Counter()
     for finding in result.findings:
-        seen[finding.code] += 1
-        if limit is None or seen[finding.code] <= limit:
+        shown[finding.code] += 1
+        if limit is None or shown[finding.code] <= limit:
             yield f"{printable(finding.file)}: {finding.code} {printable(finding.reason)}; {REMEDIES[finding.code]}"
-    for code, count in seen.items():
+    for code, count in shown.items():
         if limit is not None and count > limit:
             yield f"... and {count - limit} more {code} (--all)"
 
 
 def summary(result: Scan) -> Iterator[str]:
-    """What is in the folder, a line for each question."""
+    """Yield the lines of the summary of a folder."""
     used, unused = len(result.records), len(result.findings)
-    unwanted = f", {result.unwanted} of other classes" if result.unwanted else ""
-    yield f"{printable(str(result.directory))}: {result.files} NPZ files, {used} usable, {unused} left out{unwanted}"
-    if result.hidden:
-        yield f"  passed over  {result.hidden} hidden or temporary files and results of runs"
+    excluded = f", {result.n_excluded} excluded by --classes" if result.n_excluded else ""
+    yield f"{printable(str(result.directory))}: {result.n_files} NPZ files, {used} usable, {unused} left out{excluded}"
+    if result.n_ignored:
+        yield f"  ignored      {result.n_ignored} hidden or temporary files and results of runs"
     if not result.records:
         return
     speakers = result.count("speaker")
-    unknown = speakers.pop(None, 0)
-    sizes = f", {_span(speakers.values())} utterances each" if speakers else ""
-    nameless = f"; {unknown} files do not tell their speaker" if unknown else ""
-    yield f"  corpora      {_listing(result.count('corpus'))}"
-    yield f"  labels       {_label_sources(result)}"
-    yield f"  emotions     {_listing(result.count('emotion'))}"
-    yield f"  speakers     {len(speakers)}{sizes}{nameless}"
+    n_unknown = speakers.pop(None, 0)
+    sizes = f", {format_range(speakers.values())} utterances each" if speakers else ""
+    unknown = f"; speaker unknown for {n_unknown} files" if n_unknown else ""
+    yield f"  corpora      {format_counts(result.count('corpus'))}"
+    yield f"  labels       {_labels_line(result)}"
+    yield f"  emotions     {format_counts(result.count('emotion'))}"
+    yield f"  speakers     {len(speakers)}{sizes}{unknown}"
     yield f"  features     {_features_line(result)}"
-    keys, dtypes = (
-        collections.Counter(getattr(record, field) for record in result.records) for field in ("key", "dtype")
-    )
-    yield f"  array        {_listing(dict(keys.most_common()), 5)}; {_listing(dict(dtypes.most_common()))}"
+    keys = collections.Counter(record.key for record in result.records)
+    dtypes = collections.Counter(record.dtype for record in result.records)
+    yield f"  array        {format_counts(dict(keys.most_common()), 5)}; {format_counts(dict(dtypes.most_common()))}"
     yield f"  statistics   {_statistics_line(result)}"
     for note in result.notes:
         yield f"  note         {note.code}: {NOTES[note.code]}: {note.text}"
 
 
 def report(result: Scan) -> dict:
-    """The same report for programs."""
+    """The same report as data, for --json."""
     return {
         "directory": str(result.directory),
-        "files": result.files,
+        "files": result.n_files,
         "usable": len(result.records),
-        "unwanted": result.unwanted,
-        "passed_over": result.hidden,
+        "excluded": result.n_excluded,
+        "ignored": result.n_ignored,
         "left_out": result.left_out(),
         "findings": [finding._asdict() | {"remedy": REMEDIES[finding.code]} for finding in result.findings],
         "notes": [note._asdict() | {"meaning": NOTES[note.code]} for note in result.notes],
@@ -1220,22 +1248,32 @@ def report(result: Scan) -> dict:
             for field in ("key", "dtype", "shape", "labelled_by")
         },
         "statistics": _statistics_line(result),
-        "obstacles": obstacles(result),
+        "blockers": blockers(result),
         "exit_status": exit_status(result),
     }
 
 
+def _verdict(result: Scan) -> Iterator[str]:
+    reasons = blockers(result)
+    for reason in reasons:
+        yield f"  NOT READY    {reason}"
+    if not reasons:
+        yield f"  ready        python train.py {printable(str(result.directory))}"
+
+
 def exit_status(result: Scan) -> int:
-    return 2 if not result.records else 1 if result.findings or obstacles(result) else 0
+    if not result.records:
+        return 2
+    return 1 if result.findings or blockers(result) else 0
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        description="Say what is in a folder of NPZ features and what stops training on it."
+        description="Inspect a folder of speech embeddings (.npz) and name every file that cannot be used, and why."
     )
     add_options(parser, ScanOptions)
-    parser.add_argument("--all", action="store_true", help="list every finding, not only 20 of a kind")
-    parser.add_argument("--json", action="store_true", help="print the report for programs")
+    parser.add_argument("--all", action="store_true", help="list every finding instead of at most 20 per code")
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
     given = vars(parser.parse_args(arguments))
     limit, as_json = None if given.pop("all") else 20, given.pop("json")
     try:
@@ -1252,35 +1290,27 @@ def main(arguments: list[str] | None = None) -> int:
     return exit_status(result)
 
 
-def guarded(program: Callable[[], int]) -> int:
-    """Run a program so that a terminal, a pipe or a disk behind its output never gives a traceback.
+def run_cli(program: Callable[[], int]) -> int:
+    """Run a program, so that problems with its output never cause a traceback; return its exit status.
 
-    A reader who has gone gives 141, Ctrl-C 130, an output that cannot be written 1.
+    The status is 141 for a closed pipe, 130 after Ctrl-C, and 1 if the output cannot be written.
     """
-    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115  (None under pythonw, or if closed by the caller)
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal in ASCII must not fail on a file name
             stream.reconfigure(errors="backslashreplace")
     try:
         return program()
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
-        os._exit(130)  # an ordinary exit waits for a compilation under way, or crashes in it
+        os._exit(130)  # an ordinary exit waits for a running compilation, or crashes in it
     except OSError as error:
         if not isinstance(error, BrokenPipeError):
-            print(f"the output cannot be written: {error.strerror}", file=sys.stderr)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the flush at exit fails once more
+            print(f"cannot write the output: {error.strerror}", file=sys.stderr)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # otherwise the flush at exit fails again
         return 141 if isinstance(error, BrokenPipeError) else 1
 
 
-def _verdict(result: Scan) -> Iterator[str]:
-    blocked = obstacles(result)
-    for obstacle in blocked:
-        yield f"  NOT READY    {obstacle}"
-    if not blocked:
-        yield f"  ready        python train.py {printable(str(result.directory))}"
-
-
 if __name__ == "__main__":
-    sys.exit(guarded(main))
+    sys.exit(run_cli(main))

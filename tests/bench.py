@@ -601,8 +601,8 @@ def bench_accuracy(options: argparse.Namespace) -> None:
     """
     config = train.Config(options.accuracy, folds=options.folds)
     scan = check_data.scan(config, keep_features=True)
-    for obstacle in check_data.obstacles(scan):
-        raise check_data.UsageError(obstacle)
+    for blocker in check_data.blockers(scan):
+        raise check_data.UsageError(blocker)
     frames, speaker = list(scan.features), [record.utterance.speaker or record.file for record in scan.records]
     dataset = train.pack(scan)
     plan = train.make_plan(dataset, config)
@@ -704,4 +704,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(check_data.guarded(main))
+    sys.exit(check_data.run_cli(main))

@@ -169,7 +169,7 @@ def test_no_block_is_empty_while_there_are_groups():
 
 def test_the_official_blocks_are_the_test_folds():
     plan = train.make_plan(many_speakers(24), dataclasses.replace(SMALL, folds="luna-ravdess"))
-    for fold, block in enumerate(emotions.SCHEMES["luna-ravdess"].test):
+    for fold, block in enumerate(emotions.SCHEMES["luna-ravdess"].test_speakers):
         assert set(plan.speaker[plan.fold == fold]) == set(block)
 
 
@@ -179,7 +179,7 @@ def test_the_next_block_validates_where_the_source_says_so():
         bare_dataset(speakers * 3, [0] * 91 + [1] * 91 + [2] * 91, "cremad"),
         dataclasses.replace(SMALL, folds="emosuperb-cremad"),
     )
-    blocks = emotions.SCHEMES["emosuperb-cremad"].test
+    blocks = emotions.SCHEMES["emosuperb-cremad"].test_speakers
     for member in range(5 * SMALL.seeds):
         fold = member // SMALL.seeds
         assert set(plan.speaker[plan.validation[member]]) == set(blocks[(fold + 1) % 5])
@@ -2017,7 +2017,7 @@ def started(unbroken, run, *more):
     """Start a run as a process of its own, with all calls saved."""
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import train; train.DUTY = 0\n{chr(10).join(more)}\n"
     code += "import signal; [signal.signal(number, signal.SIG_DFL) for number in train.ENDING]"  # nohup ignores them
-    code += "\nimport check_data; status = check_data.guarded(train.main); import os; os._exit(status)"
+    code += "\nimport check_data; status = check_data.run_cli(train.main); import os; os._exit(status)"
     return subprocess.Popen(
         [sys.executable, "-c", code, str(unbroken / "data"), "--out", str(run), *KEPT],
         stdout=subprocess.PIPE,
