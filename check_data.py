@@ -40,6 +40,8 @@ _MAX_ENTRIES = 1000  # a damaged count must not keep the reader busy
 _LOCAL_HEADER = struct.Struct("<4s5H3L2H")
 _DIRECTORY_ENTRY = struct.Struct("<4s6H3L5H2L")
 _END_RECORD = struct.Struct("<4s4H2LH")
+#: The zip64 form of the end record, and the locator of it that follows.
+_ZIP64_END = struct.Struct("<4sQ2H2L4Q4sLQL")
 _STORED, _DEFLATED = 0, 8  # compression methods
 # "Version made by", internal and external attributes as np.savez writes them. Neither a checksum nor a second copy
 # protects them, so a value that differs in a single bit is treated as damage; other writers differ in more bits.
@@ -141,24 +143,41 @@ def _bad_zip(detail: str) -> DataError:
     return DataError("bad-zip", f"the zip archive is damaged: {detail}")
 
 
-def _zip64_sizes(extra: bytes, size: int, packed: int) -> tuple[int, int]:
-    """Resolve the sizes of a header: 0xFFFFFFFF means that the size is in the zip64 extra field."""
-    n_sizes = (size == 0xFFFFFFFF) + (packed == 0xFFFFFFFF)  # np.savez uses zip64 for any size
+def _resolve_zip64(extra: bytes, *values: int) -> list[int]:
+    """Resolve fields of a header: 0xFFFFFFFF means that the value is in the zip64 extra field, in the same order."""
+    n_missing = values.count(0xFFFFFFFF)  # np.savez uses zip64 for any size
+    resolved = list(values)
     position = 0
     while position + 4 <= len(extra):
         kind, length = struct.unpack_from("<HH", extra, position)
         position += 4
-        if kind == 1 and n_sizes:
-            if length != 8 * n_sizes or position + length > len(extra):
-                raise _bad_zip("invalid zip64 sizes")
-            values = list(struct.unpack_from(f"<{n_sizes}Q", extra, position))
-            size = values.pop(0) if size == 0xFFFFFFFF else size
-            packed = values.pop(0) if packed == 0xFFFFFFFF else packed
-            n_sizes = 0
+        if kind == 1 and n_missing:
+            if length != 8 * n_missing or position + length > len(extra):
+                raise _bad_zip("invalid zip64 field")
+            large = iter(struct.unpack_from(f"<{n_missing}Q", extra, position))
+            resolved = [next(large) if value == 0xFFFFFFFF else value for value in values]
+            n_missing = 0
         position += length
-    if n_sizes or position != len(extra):  # the fields must fill the space, or a damaged length would go unnoticed
+    if n_missing or position != len(extra):  # the fields must fill the space, or a damaged length would go unnoticed
         raise _bad_zip("invalid extra field")
-    return size, packed
+    return resolved
+
+
+def _read_zip64_end(blob: bytes, end: int, short: tuple[int, ...]) -> tuple[int, ...]:
+    """Read the zip64 records before the end record, which archives above 2 GiB have: count, size and start.
+
+    `short` are the same fields of the end record; those that are too large for it are all ones there.
+    """
+    begin = end - _ZIP64_END.size
+    magic, size, made_by, needed, disk, first_disk, n_here, *fields, locator, on_disk, offset, disks = (
+        _ZIP64_END.unpack_from(blob, begin) if begin >= 0 else (b"",) * 14
+    )
+    if (magic, locator, size, made_by, needed, on_disk, disks) != (b"PK\x06\x06", b"PK\x06\x07", 44, 45, 45, 0, 1):
+        raise _bad_zip("invalid zip64 end record")
+    shortened = tuple(min(value, limit) for value, limit in zip(fields, (0xFFFF, 0xFFFFFFFF, 0xFFFFFFFF)))
+    if disk or first_disk or n_here != fields[0] or offset != begin or shortened != short:
+        raise _bad_zip("inconsistent zip64 end record")
+    return begin, *fields
 
 
 def _read_directory(blob: bytes) -> list[ZipEntry]:
@@ -169,22 +188,28 @@ def _read_directory(blob: bytes) -> list[ZipEntry]:
         if end < 0 or len(blob) - end < _END_RECORD.size:
             raise _non_zip_error(blob)
     _, disk, first_disk, n_here, n_entries, size, start, comment = _END_RECORD.unpack_from(blob, end)
+    directory_end = end
     if end + _END_RECORD.size + comment != len(blob):
         if blob[:4] == b"PK\x03\x04" and end + _END_RECORD.size + comment > len(blob):
             raise DataError("truncated", f"ends after {len(blob)} bytes, within the zip directory")
         surplus = len(blob) - end - _END_RECORD.size - comment
         raise DataError("junk", f"{surplus} bytes follow the end of the zip archive")
-    if disk or first_disk or n_here != n_entries or start + size > end:
+    if blob[max(end - 20, 0) : end].startswith(b"PK\x06\x07"):
+        directory_end, n_entries, size, start = _read_zip64_end(blob, end, (n_entries, size, start))
+        n_here = n_entries
+    if disk or first_disk or n_here != n_entries or start + size > directory_end:
         raise _bad_zip("inconsistent directory")
-    if start + size < end:  # offsets count from the start of the archive
-        raise DataError("junk", f"{end - start - size} bytes precede the zip archive")
+    if start + size < directory_end:  # offsets count from the start of the archive
+        raise DataError("junk", f"{directory_end - start - size} bytes precede the zip archive")
     if n_entries > _MAX_ENTRIES:
         raise _bad_zip(f"the directory lists {n_entries} entries")
     entries, position = [], start
     for _ in range(n_entries):
-        entry, position = _read_entry(blob, position, end, entries[-1].next if entries else 0)
+        entry, position = _read_entry(blob, position, directory_end, entries[-1].next if entries else 0)
         entries.append(entry)
-    if position != end or (entries[-1].next if entries else 0) != start:  # no checksum would cover the bytes between
+    if (
+        position != directory_end or (entries[-1].next if entries else 0) != start
+    ):  # no checksum would cover the bytes between
         raise _bad_zip("gaps around the directory")
     return entries
 
@@ -199,13 +224,15 @@ def _read_entry(blob: bytes, position: int, end: int, begin: int) -> tuple[ZipEn
     entry = _Central(*_DIRECTORY_ENTRY.unpack_from(blob, position))
     name_end = position + _DIRECTORY_ENTRY.size + entry.name_length
     next_position = name_end + entry.extra_length + entry.comment_length
-    # `offset` must be where the previous entry ends: entries that overlap or leave gaps are damage or a zip bomb.
-    if entry.magic != b"PK\x01\x02" or next_position > end or entry.disk or entry.offset != begin:
+    if entry.magic != b"PK\x01\x02" or next_position > end or entry.disk:
         raise _bad_zip("invalid directory entry")
     if ((entry.made_by << 48 | entry.internal << 32 | entry.external) ^ _NUMPY_ATTRIBUTES).bit_count() == 1:
         raise _bad_zip("a directory entry differs from numpy's by one bit")
     name = blob[position + _DIRECTORY_ENTRY.size : name_end]
-    size, packed = _zip64_sizes(blob[name_end : name_end + entry.extra_length], entry.size, entry.packed)
+    extra = blob[name_end : name_end + entry.extra_length]
+    size, packed, offset = _resolve_zip64(extra, entry.size, entry.packed, entry.offset)
+    if offset != begin:  # entries that overlap or leave gaps are damage or a zip bomb
+        raise _bad_zip("invalid directory entry")
     local = _Local(*_LOCAL_HEADER.unpack_from(blob, begin))
     local_name_end = begin + _LOCAL_HEADER.size + local.name_length
     start = local_name_end + local.extra_length
@@ -214,7 +241,7 @@ def _read_entry(blob: bytes, position: int, end: int, begin: int) -> tuple[ZipEn
     if entry.method not in (_STORED, _DEFLATED):
         raise DataError("unknown-compression", f"uses compression method {entry.method}, not stored or deflated")
     has_descriptor = bool(entry.flags & 8)  # written to a pipe: sizes and CRC follow the data, not in the local header
-    local_sizes = _zip64_sizes(blob[local_name_end:start], local.size, local.packed)
+    local_sizes = _resolve_zip64(blob[local_name_end:start], local.size, local.packed)
     if (
         local[:6] != (b"PK\x03\x04", *entry[2:7])
         or blob[begin + _LOCAL_HEADER.size : local_name_end] != name
@@ -368,8 +395,10 @@ def _check_finite(array: np.ndarray, nan_to_zero: bool) -> tuple[np.ndarray, flo
     return array, float(np.square(array, dtype=np.float64).sum())  # large finite values overflow in float32
 
 
-def read_arrays(path: str | Path, limit: int = 1 << 34) -> dict[str, np.ndarray]:
+def read_arrays(path: str | Path, limit: int = 1 << 34, kinds: str = "f") -> dict[str, np.ndarray]:
     """Read every array of an NPZ file of at most `limit` bytes, as strictly as `read_features`.
+
+    `kinds` are the accepted kinds of numbers, in numpy's letters.
 
     Raises
     ------
@@ -377,7 +406,8 @@ def read_arrays(path: str | Path, limit: int = 1 << 34) -> dict[str, np.ndarray]
         For any problem with the file.
     """
     blob = stats.read_bytes(path, limit)
-    return {entry.name: stats.npy_array(_extract(blob, entry, limit)) for entry in _read_directory(blob)}
+    entries = _read_directory(blob)
+    return {entry.name: stats.npy_array(_extract(blob, entry, limit), kinds) for entry in entries}
 
 
 # --- scanning a folder --------------------------------------------------------------------------------------------
@@ -547,7 +577,7 @@ class Scan:
     @property
     def statistics_are_stale(self) -> bool:
         """Whether the statistics in the folder were computed by train.py, but not for these files."""
-        return self.stored is not None and not self.stored.supplied and self.stored.fingerprint != self.fingerprint
+        return self.stored is not None and not self.stored.user_supplied and self.stored.fingerprint != self.fingerprint
 
     def leave_out(self, reasons: dict[str, tuple[str, str]]) -> None:
         """Move files from the records to the findings; `reasons` maps file names to code and reason."""
@@ -606,7 +636,7 @@ def _walk(folder: Path, scan: Scan) -> Iterator[str]:
                     yield file
             elif _is_folder(entry):
                 pending.append(file)
-            elif entry.name not in (stats.MEAN_FILE, stats.STD_FILE, stats.BINDING_FILE):
+            elif entry.name not in (stats.MEAN_FILE, stats.STD_FILE, stats.MANIFEST_FILE):
                 scan.other_files[os.path.splitext(entry.name)[1].lower() or entry.name] += 1
 
 
@@ -751,7 +781,7 @@ def _statistics_width(result: Scan, options: ScanOptions) -> int | None:
     if result.stored is None or result.statistics_are_stale:
         return None
     width = result.stored.statistics.mean.size
-    if not result.stored.supplied:
+    if not result.stored.user_supplied:
         return width
     if options.dim not in (None, width):
         raise _statistics_conflict(width, f"--dim is {options.dim}")
@@ -1174,7 +1204,7 @@ def _statistics_line(result: Scan) -> str:
     pair = f"{stats.MEAN_FILE} and {stats.STD_FILE}"
     if result.stored is None:
         return "none here; train.py will compute and save them"
-    if result.stored.supplied:
+    if result.stored.user_supplied:
         return f"{pair} were supplied by you and are used for every fold and the final model"
     if result.statistics_are_stale:
         return f"{pair} were computed for OTHER files and are not used; update them with train.py --recompute-stats"

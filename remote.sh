@@ -97,7 +97,7 @@ deploy() { # ARGUMENT... of train.py
                 --labels) send "$argument" ;;
                 --predict) send "$argument" && prefix=predict- ;;
                 '' | [!-]* | --*=* | --transpose | --nan-to-zero | \
-                    --sweep | --fresh | --no-compile-cache | --recompute-stats)
+                    --fresh | --no-compile-cache | --recompute-stats)
                     send "$argument" && directory=$there ;;
             esac ;;
         esac
@@ -282,9 +282,9 @@ report() {
     exit "$status"
 }
 
-names() { # what a run leaves, but for its state
+names() { # what a run leaves, but for its checkpoints
     cd current && for name in *.npz *.npy *.json *.csv *.log; do
-        case $name in state* | [!A-Za-z0-9_]* | *[!A-Za-z0-9._-]*) ;; *) [ ! -f "$name" ] || echo "$name" ;; esac
+        case $name in checkpoint* | [!A-Za-z0-9_]* | *[!A-Za-z0-9._-]*) ;; *) [ ! -f "$name" ] || echo "$name" ;; esac
     done
 }
 

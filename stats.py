@@ -1,9 +1,10 @@
-"""What the numbers are: moments, the statistics files, the scores of a confusion matrix, and calibration.
+"""Strict file formats, feature statistics, scores, calibration, and the linear part of a model.
 
-Needs numpy alone. Axes: N utterances, G groups (speakers), D features, C classes, R resamples.
+Needs only numpy. Axes: N utterances, G groups (speakers), S seeds, T frames, D features, C classes, R resamples.
 """
 
 import ast
+import contextlib
 import csv
 import errno
 import functools
@@ -15,28 +16,31 @@ import os
 import shutil
 import stat
 import struct
+import types
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-#: A standard deviation below this, relative to the dimension's mean and to the typical deviation, is none at all.
+#: A standard deviation of at most this share of the dimension's mean, or of the typical deviation, counts as zero: it
+#: is rounding noise, and dividing by it would turn the smallest drift into a huge feature.
 EPSILON = 1e-6
 
-MEAN_FILE, STD_FILE, BINDING_FILE = "wav2vec_mean.npy", "wav2vec_std.npy", "wav2vec_stats.json"
+MEAN_FILE, STD_FILE, MANIFEST_FILE = "wav2vec_mean.npy", "wav2vec_std.npy", "wav2vec_stats.json"
 _MAX_HEADER = 10_000  # bytes of an npy header; numpy's own limit
 
 
 class DataError(ValueError):
-    """A file that cannot be used: `code` is stable and for programs, the text is for people.
+    """A file that cannot be used.
 
     Parameters
     ----------
     code
-        Short name of the fault, one of the codes that README lists.
+        Short, stable name of the fault for programs; README lists them.
     reason
-        What was found.
+        Description of the fault, for people.
     """
 
     def __init__(self, code: str, reason: str):
@@ -47,12 +51,12 @@ class DataError(ValueError):
 # --- reading and writing ------------------------------------------------------------------------------------------
 
 
-# O_NONBLOCK: opening a FIFO that nobody writes would wait for ever.
+# O_NONBLOCK: opening a FIFO without a writer would block for ever.
 _OPEN_FLAGS = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
 
 
 def read_bytes(path: str | Path, limit: int = 1 << 30) -> bytes:
-    """Read a regular file of at most `limit` bytes, without waiting for a FIFO that bears its name.
+    """Read a regular file of at most `limit` bytes; a FIFO of that name never blocks.
 
     Raises
     ------
@@ -68,9 +72,15 @@ def read_bytes(path: str | Path, limit: int = 1 << 30) -> bytes:
         if not stat.S_ISREG(status.st_mode):
             raise DataError("not-a-file", "is not a regular file")
         if status.st_size > limit:
-            raise DataError("too-large", f"has {status.st_size} bytes, more than an utterance's features ever have")
-        blob = os.read(descriptor, status.st_size + 1)
-        while len(blob) < status.st_size and (more := os.read(descriptor, status.st_size + 1 - len(blob))):
+            raise DataError("too-large", f"has {status.st_size} bytes; at most {limit} are read")
+        # One byte more than fstat reported: a file that grows meanwhile must fail its size check, not pass cut off.
+        wanted = status.st_size + 1
+        blob = os.read(descriptor, wanted)
+        # A single call may return less than the whole file; on Linux it returns at most 2 GiB.
+        while len(blob) < status.st_size:
+            more = os.read(descriptor, wanted - len(blob))
+            if not more:  # the file has shrunk meanwhile
+                break
             blob += more
         return blob
     except OSError as error:
@@ -80,33 +90,42 @@ def read_bytes(path: str | Path, limit: int = 1 << 30) -> bytes:
 
 
 class NpyHeader(NamedTuple):
+    """Type and shape that the header of an npy file declares."""
+
     dtype: np.dtype
     fortran_order: bool
     shape: tuple[int, ...]
 
 
-@functools.lru_cache(maxsize=256)  # all files of a set share one header, and parsing it is the slow part
+# Most files of a data set have the same header, and parsing it is the slow part of reading a small file.
+@functools.lru_cache(maxsize=256)
 def _parse_npy_header(text: bytes) -> NpyHeader:
     try:
         with warnings.catch_warnings():  # damaged text may look like an old-fashioned escape
             warnings.simplefilter("ignore")
             return _evaluated_header(text)
-    except Exception:  # literal_eval and np.dtype raise a dozen kinds; each of them means the same
+    except Exception:  # literal_eval and np.dtype raise a dozen kinds of exception, all for damaged text
         raise DataError("bad-npy-header", "the array's header is damaged") from None
 
 
 def _evaluated_header(text: bytes) -> NpyHeader:
     fields = ast.literal_eval(text.decode("latin-1"))
-    descr, fortran_order, shape = fields["descr"], fields["fortran_order"], fields["shape"]
-    well_formed = len(fields) == 3 and isinstance(fortran_order, bool) and isinstance(shape, tuple)
-    if not well_formed or any(type(extent) is not int or extent < 0 for extent in shape):
+    descr = fields["descr"]
+    fortran_order = fields["fortran_order"]
+    shape = fields["shape"]
+    if len(fields) != 3 or not isinstance(fortran_order, bool) or not isinstance(shape, tuple):
         raise ValueError
-    dtype = np.dtype(descr) if isinstance(descr, str) else np.dtype(object if "O" in repr(descr) else "V1")
-    return NpyHeader(dtype, fortran_order, shape)
+    for extent in shape:
+        if type(extent) is not int or extent < 0:  # isinstance would accept True
+            raise ValueError
+    if not isinstance(descr, str):
+        # A list describes a structured type. It is never accepted; only the reason depends on whether it has objects.
+        descr = object if "O" in repr(descr) else "V1"
+    return NpyHeader(np.dtype(descr), fortran_order, shape)
 
 
 def npy_header(blob: bytes | memoryview) -> tuple[NpyHeader, int]:
-    """Read the header of an array in npy format.
+    """Parse the header of an array in npy format.
 
     Parameters
     ----------
@@ -116,7 +135,7 @@ def npy_header(blob: bytes | memoryview) -> tuple[NpyHeader, int]:
     Returns
     -------
     header, offset
-        The parsed header, and where in `blob` the numbers begin.
+        The parsed header, and the offset of the numbers in `blob`.
 
     Raises
     ------
@@ -124,140 +143,113 @@ def npy_header(blob: bytes | memoryview) -> tuple[NpyHeader, int]:
         `bad-npy-header`.
     """
     if bytes(blob[:6]) != b"\x93NUMPY" or len(blob) < 12:
-        raise DataError("bad-npy-header", "it does not begin like an array")
+        raise DataError("bad-npy-header", "it does not begin with the npy magic")
     major, minor = blob[6], blob[7]
     if (major, minor) not in ((1, 0), (2, 0), (3, 0)):
-        raise DataError("bad-npy-header", f"npy format {major}.{minor} is not known")
-    start, size = (
-        (10, struct.unpack_from("<H", blob, 8)[0]) if major == 1 else (12, struct.unpack_from("<I", blob, 8)[0])
-    )
-    if size > _MAX_HEADER or start + size > len(blob):
-        raise DataError("bad-npy-header", f"the array's header claims {size} bytes")
-    return _parse_npy_header(bytes(blob[start : start + size])), start + size
+        raise DataError("bad-npy-header", f"npy format {major}.{minor} is unknown")
+    # Version 1 stores the length of the text in two bytes, the later ones in four.
+    start, length_format = (10, "<H") if major == 1 else (12, "<I")
+    (length,) = struct.unpack_from(length_format, blob, 8)
+    end = start + length
+    if length > _MAX_HEADER or end > len(blob):
+        raise DataError("bad-npy-header", f"the array's header claims {length} bytes")
+    return _parse_npy_header(bytes(blob[start:end])), end
 
 
-def check_size(header: NpyHeader, size: int) -> None:
-    """Make sure that a header declares float numbers that fill `size` bytes exactly.
+def check_size(header: NpyHeader, size: int, kinds: str = "f") -> None:
+    """Check that a header declares numbers of the given kinds (numpy's letters) that fill `size` bytes exactly.
 
     Raises
     ------
     DataError
         `not-float` or `size-mismatch`.
     """
-    if header.dtype.kind != "f" or header.dtype.itemsize > 8:
-        kind = "pickled Python objects" if header.dtype.hasobject else f"{header.dtype} numbers"
-        raise DataError("not-float", f"the array holds {kind}, not float16, float32 or float64")
-    declared = math.prod(header.shape) * header.dtype.itemsize
+    dtype = header.dtype
+    if dtype.kind not in kinds or dtype.itemsize > 8:  # longdouble differs between machines
+        content = "pickled Python objects" if dtype.hasobject else f"{dtype} numbers"
+        raise DataError("not-float", f"the array holds {content}, not float16, float32 or float64")
+    declared = math.prod(header.shape) * dtype.itemsize
     if declared != size:
         raise DataError("size-mismatch", f"shape {header.shape} needs {declared} bytes and there are {size}")
 
 
-def npy_array(blob: bytes | memoryview) -> np.ndarray:
+def npy_array(blob: bytes | memoryview, kinds: str = "f") -> np.ndarray:
     """Turn the bytes of an npy file into an array that shares their memory; nothing is unpickled.
+
+    Parameters
+    ----------
+    blob
+        The file; the numbers must fill it exactly.
+    kinds
+        Accepted kinds of numbers, in numpy's letters: only floats, unless the file is one of our own checkpoints.
 
     Raises
     ------
     DataError
-        `bad-npy-header`, `not-float` or `size-mismatch`. The numbers must fill the bytes exactly.
+        `bad-npy-header`, `not-float` or `size-mismatch`.
     """
     header, offset = npy_header(blob)
-    check_size(header, len(blob) - offset)
+    check_size(header, len(blob) - offset, kinds)
     count = math.prod(header.shape)
     flat = np.frombuffer(blob, header.dtype, count, offset)
-    return flat.reshape(header.shape, order="F" if header.fortran_order else "C")
+    order = "F" if header.fortran_order else "C"
+    try:
+        return flat.reshape(header.shape, order=order)
+    except ValueError:  # more dimensions than numpy has, or extents beyond its integers beside one of 0
+        raise DataError("bad-npy-header", f"numpy has no arrays of shape {str(header.shape)[:60]}") from None
 
 
-def write_files(folder: Path, blobs: dict[str, bytes | list]) -> None:
-    """Replace files together: all are written beside the old ones first, then renamed over them in the given order.
+def write_files(folder: Path, blobs: dict[str, bytes | memoryview]) -> None:
+    """Replace files together: write all of them beside the old ones first, then rename them in the given order.
 
-    A file may be given as a list of buffers. On a full disk the old ones are whole and nothing else is left.
+    On a full disk the old files stay intact and no temporary file remains.
 
     Raises
     ------
     OSError
-        With its errno and the name of the file, and on a full disk what is needed and what is free.
+        With its errno and the name of the file, and on a full disk the bytes needed and free.
     """
+    # The leading dot keeps half-written files out of listings and patterns such as *.npz.
     temporary = {name: folder / f".{name}.tmp" for name in blobs}
     name = ""
     try:
         for name, blob in blobs.items():
-            with open(temporary[name], "wb") as file:
-                file.writelines(_parts(blob))
-                file.flush()
-                os.fsync(file.fileno())
+            _write_synced(temporary[name], blob)
         for name in blobs:
             os.replace(temporary[name], folder / name)
-    except BaseException as error:
+    except BaseException as error:  # Ctrl-C included
         for path in temporary.values():
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # or it would hide the error itself
+                path.unlink(missing_ok=True)
         if isinstance(error, OSError):
-            room = ""
+            reason = f"{error.strerror}"
             if error.errno == errno.ENOSPC:
-                needed = sum(memoryview(part).nbytes for blob in blobs.values() for part in _parts(blob))
-                room = f": {needed} bytes are needed and {shutil.disk_usage(folder).free} are free"
-            raise OSError(error.errno, f"{error.strerror}{room}", str(folder / name)) from None
+                needed = sum(memoryview(blob).nbytes for blob in blobs.values())
+                free = shutil.disk_usage(folder).free
+                reason += f": {needed} bytes are needed and {free} are free"
+            raise OSError(error.errno, reason, str(folder / name)) from None
         raise
-    if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    if os.name == "posix":  # Windows cannot open a folder
+        _sync_folder(folder)
 
 
-def _parts(blob: bytes | list) -> list:
-    return [blob] if isinstance(blob, bytes) else blob
+def _write_synced(path: Path, blob: bytes | memoryview) -> None:
+    with open(path, "wb") as file:
+        file.write(blob)
+        file.flush()
+        os.fsync(file.fileno())  # before the rename, or a power loss could leave an empty file under the final name
 
 
-_CHECKED = b"arrays, checked 1\n"
-_CHECKED_KINDS = ("float32", "int32", "bool")
-
-
-def checked_arrays(described: dict, arrays: dict[str, np.ndarray]) -> list:
-    """Arrays and what is to be known of them as one file with a checksum, in buffers for `write_files`.
-
-    A line of JSON, the numbers of each array and a SHA-256 of all that; unlike in a zip archive no byte is left
-    unchecked, and no array is copied.
-    """
-    arrays = {name: np.asarray(array, order="C") for name, array in arrays.items()}
-    listing = [[name, array.dtype.name, list(array.shape)] for name, array in arrays.items()]
-    head = json.dumps({"described": described, "arrays": listing}).encode() + b"\n"
-    parts = [_CHECKED, head, *(array.reshape(-1).view(np.uint8) for array in arrays.values())]
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(part)
-    return [*parts, digest.digest()]
-
-
-def read_checked_arrays(path: Path) -> tuple[dict, dict[str, np.ndarray]]:
-    """Read what `checked_arrays` made: what is to be known, and the arrays.
-
-    Raises
-    ------
-    DataError
-        `unreadable`, `not-a-file`, or `damaged`: the checksum is another one, or the file is none of ours.
-    """
+def _sync_folder(folder: Path) -> None:
+    """Make renames in the folder durable; some network file systems cannot, and then the synced files must do."""
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        blob = read_bytes(path, 1 << 40)
-    except MemoryError:
-        raise DataError("damaged", "is larger than any memory") from None
-    body = memoryview(blob)[:-32]
-    if not blob.startswith(_CHECKED) or hashlib.sha256(body).digest() != blob[-32:]:
-        raise DataError("damaged", f"is damaged: the checksum of its {len(blob)} bytes does not match")
-    end = blob.find(b"\n", len(_CHECKED)) + 1
-    try:
-        head = json.loads(bytes(body[len(_CHECKED) : end]))
-        arrays, place = {}, end
-        for name, kind, shape in head["arrays"]:
-            dtype = np.dtype(kind if kind in _CHECKED_KINDS else "V")
-            size = math.prod(shape) * dtype.itemsize
-            arrays[str(name)] = np.frombuffer(body[place : place + size], dtype).reshape(shape)
-            place += size
-        if place != len(body):
-            raise ValueError("bytes are left over")
-        return dict(head["described"]), arrays
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise DataError("damaged", f"is none of this program's: {error}") from None
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise OSError(error.errno, error.strerror, str(folder)) from None
+    finally:
+        os.close(descriptor)
 
 
 def npy_bytes(array: np.ndarray) -> bytes:
@@ -267,33 +259,48 @@ def npy_bytes(array: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
+def npz_bytes(arrays: dict[str, np.ndarray]) -> memoryview:
+    """The NPZ file of named arrays, stored without compression; zip protects each of them with a CRC-32."""
+    if any(np.asarray(array).dtype.hasobject for array in arrays.values()):  # numpy 2.1 cannot be told not to pickle
+        raise ValueError("Object arrays cannot be saved without pickle")
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)
+    return buffer.getbuffer()
+
+
 def csv_bytes(rows: list[dict], columns: tuple[str, ...] = ()) -> bytes:
-    """A table as CSV in UTF-8, one line for each row; `columns` name the header where there may be no row."""
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, columns or tuple(rows[0]), lineterminator="\n")
+    """A table as CSV in UTF-8, one line per row; `columns` is the header of a table that may be empty."""
+    lines = []
+    # The module quotes a carriage return only if it is part of the line terminator, and writes a row with each call.
+    sink = types.SimpleNamespace(write=lambda line: lines.append(line.removesuffix("\r\n") + "\n"))
+    writer = csv.DictWriter(sink, columns or tuple(rows[0]), lineterminator="\r\n")
     writer.writeheader()
     writer.writerows(rows)
-    return text.getvalue().encode("utf-8", "backslashreplace")
+    # A file name that is not UTF-8 holds lone surrogates, which only an escape can represent.
+    return "".join(lines).encode("utf-8", "backslashreplace")
 
 
 def json_bytes(content: dict) -> bytes:
-    """Valid JSON: what is not a finite number becomes null."""
+    """Valid JSON: NaN and Inf, which JSON lacks, become null."""
 
     def plain(value):
         if isinstance(value, dict):
             return {key: plain(item) for key, item in value.items()}
         if isinstance(value, list):
             return [plain(item) for item in value]
-        return None if isinstance(value, float) and not math.isfinite(value) else value
+        if isinstance(value, float) and not math.isfinite(value):
+            return None
+        return value
 
-    return (json.dumps(plain(content), indent=2, allow_nan=False) + "\n").encode()
+    text = json.dumps(plain(content), indent=2, allow_nan=False)
+    return (text + "\n").encode()
 
 
 # --- moments and statistics ---------------------------------------------------------------------------------------
 
 
 class Moments(NamedTuple):
-    """Count, mean and summed squared deviation of frames, in float64; `mean` and `m2` have shape (..., D)."""
+    """Count, mean and summed squared deviation of frames in float64; `mean` and `m2` have shape (..., D)."""
 
     count: np.ndarray
     mean: np.ndarray
@@ -301,33 +308,45 @@ class Moments(NamedTuple):
 
     @classmethod
     def of(cls, frames: np.ndarray) -> "Moments":
-        """Moments of `frames`, shape (T, D); every frame weighs the same."""
+        """Moments of `frames`, shape (T, D); all frames have equal weight."""
         frames = np.asarray(frames, np.float64)
+        count = np.float64(len(frames))
         mean = frames.mean(0)
-        return cls(np.float64(len(frames)), mean, np.square(frames - mean).sum(0))
+        m2 = np.square(frames - mean).sum(0)
+        return cls(count, mean, m2)
 
     @classmethod
     def stack(cls, parts: list["Moments"]) -> "Moments":
-        """Stack G moments along a new first axis."""
-        return cls(*map(np.stack, zip(*parts)))
+        """Stack the moments of G groups along a new first axis."""
+        fields = zip(*parts)
+        return cls(*map(np.stack, fields))
 
     def merged(self, keep: np.ndarray | slice = slice(None)) -> "Moments":
-        """Merge the stacked groups that `keep` (shape (G,), bool) selects into one.
+        """Merge the stacked groups selected by `keep`, shape (G,), bool.
 
-        Chan, Golub and LeVeque 1983, in its form for many groups: one pass over squares would lose every digit of
-        a variance that is small beside the mean.
+        Chan, Golub and LeVeque 1983, for many groups at once. A single pass over sums of squares would lose every
+        digit of a variance that is small beside the mean.
         """
-        count, mean, m2 = self.count[keep], self.mean[keep], self.m2[keep]
+        count = self.count[keep]
+        mean = self.mean[keep]
+        m2 = self.m2[keep]
         total = count.sum()
         centre = (count[:, None] * mean).sum(0) / total
-        return Moments(total, centre, (m2 + count[:, None] * np.square(mean - centre)).sum(0))
+        between = count[:, None] * np.square(mean - centre)
+        return Moments(total, centre, (m2 + between).sum(0))
 
     def statistics(self) -> "Statistics":
-        return Statistics(self.mean.astype(np.float32), np.sqrt(self.m2 / self.count).astype(np.float32))
+        std = np.sqrt(self.m2 / self.count)
+        return Statistics(self.mean.astype(np.float32), std.astype(np.float32))
 
 
 class RunningMoments:
-    """Moments of frames that come a few at a time; small arrays are gathered first: a call costs more than its sums."""
+    """Moments of frames that arrive a few at a time.
+
+    Small arrays are collected first: for them the overhead of a numpy call exceeds its arithmetic.
+    """
+
+    _BATCH = 256  # frames
 
     def __init__(self):
         self._parts: list[Moments] = []
@@ -335,16 +354,18 @@ class RunningMoments:
         self._rows = 0
 
     def add(self, frames: np.ndarray) -> None:
-        """Take in frames of shape (T, D)."""
+        """Add frames of shape (T, D)."""
         self._waiting.append(frames)
         self._rows += len(frames)
-        if self._rows >= 256:
+        if self._rows >= self._BATCH:
             self._merge()
 
     def _merge(self) -> None:
         if self._waiting:
-            self._parts.append(Moments.of(np.concatenate(self._waiting)))
-            self._waiting, self._rows = [], 0
+            frames = np.concatenate(self._waiting)
+            self._parts.append(Moments.of(frames))
+            self._waiting = []
+            self._rows = 0
         if len(self._parts) > 1:
             self._parts = [Moments.stack(self._parts).merged()]
 
@@ -360,22 +381,24 @@ class Statistics(NamedTuple):
     std: np.ndarray
 
     def constant(self) -> np.ndarray:
-        """Which dimensions do not vary, shape (D,), bool."""
+        """Mask of the dimensions that do not vary, shape (D,)."""
         varying = self.std[self.std > 0]
         typical = np.median(varying) if varying.size else 1
-        return self.std <= EPSILON * np.maximum(np.abs(self.mean), typical)
+        magnitude = np.maximum(np.abs(self.mean), typical)
+        return self.std <= EPSILON * magnitude
 
     def scale(self) -> np.ndarray:
-        """What to divide by: the std, but 1 where it is nothing, since 1e-8 would turn a drift of 1e-3 into 1e5."""
+        """Divisor for normalisation: the std, or 1 where it counts as zero."""
+        # A tiny divisor such as 1e-8 would turn a drift of 1e-3 into 1e5.
         return np.where(self.constant(), np.float32(1), self.std)
 
 
 class Stored(NamedTuple):
-    """Statistics found in a folder. `supplied` tells whether the user put them there, `fingerprint` for what data."""
+    """Statistics found in a folder."""
 
     statistics: Statistics
-    supplied: bool
-    fingerprint: str | None
+    user_supplied: bool
+    fingerprint: str | None  # of the data they were computed from; None if they were supplied by the user
 
 
 def _read_statistic(path: Path) -> np.ndarray:
@@ -384,13 +407,13 @@ def _read_statistic(path: Path) -> np.ndarray:
     except DataError as error:
         raise DataError("bad-statistics", f"{path.name}: {error.reason}") from None
     if array.ndim != 1 or not array.size:
-        raise DataError(
-            "bad-statistics", f"{path.name} has shape {array.shape}; one number for each feature, shape (D,), is needed"
-        )
-    with np.errstate(over="ignore"):
+        reason = f"{path.name} has shape {array.shape}; one number per feature, shape (D,), is needed"
+        raise DataError("bad-statistics", reason)
+    with np.errstate(over="ignore"):  # a float64 beyond the range of float32 becomes Inf and is counted below
         array = array.astype(np.float32)
-    if not np.isfinite(array).all():
-        raise DataError("bad-statistics", f"{path.name} holds {(~np.isfinite(array)).sum()} values that are NaN or Inf")
+    bad = ~np.isfinite(array)
+    if bad.any():
+        raise DataError("bad-statistics", f"{path.name} holds {bad.sum()} values that are NaN or Inf")
     return array
 
 
@@ -399,93 +422,105 @@ def _sha256(blob: bytes) -> str:
 
 
 def load(folder: Path) -> Stored | None:
-    """Load `wav2vec_mean.npy` and `wav2vec_std.npy`; None if they are not there, or if our own saving was cut off.
+    """Load `wav2vec_mean.npy` and `wav2vec_std.npy`; None if they do not exist, or if our own save was cut off.
 
-    The json beside them names the hashes of what was computed here, and for which files. A pair without it, or one
-    that it does not know, was supplied by the user.
+    The manifest, a JSON file beside them, has the hashes of the pair that we computed and the fingerprint of its data.
+    A pair without a manifest, or with other hashes, was supplied by the user.
 
     Raises
     ------
     DataError
-        `bad-statistics`: one of the pair is missing or was exchanged alone, or they hold anything but finite numbers
-        of one width.
+        `bad-statistics`: one of the pair is missing or was replaced alone, or they do not hold finite numbers of one
+        width.
     """
     paths = [folder / MEAN_FILE, folder / STD_FILE]
-    there = [path for path in paths if os.path.lexists(path)]
-    binding = _binding(folder)
-    ours = [path for path in there if _sha256(_bytes_of(path)) == binding["sha256"].get(path.name)]
-    if not there or (len(there) == len(ours) == 1):
+    present = [path for path in paths if os.path.lexists(path)]
+    manifest = _read_manifest(folder)
+    ours = []
+    for path in present:
+        digest = _sha256(_read_statistics_file(path))
+        if digest == manifest["sha256"].get(path.name):
+            ours.append(path)
+    if not present:
         return None
-    if len(there) == 1:
-        missing = (set(paths) - set(there)).pop().name
-        raise DataError("bad-statistics", f"{there[0].name} is there but {missing} is not; add it, or delete the other")
+    if len(present) == 1:
+        if ours:  # `save` was cut off
+            return None
+        (missing,) = set(paths) - set(present)
+        advice = "add it, or delete the other"
+        raise DataError("bad-statistics", f"{present[0].name} exists but {missing.name} does not; {advice}")
     if len(ours) == 1:
-        foreign = (set(paths) - set(ours)).pop().name
-        advice = f"supply both files, or delete {foreign} to have both computed"
-        raise DataError("bad-statistics", f"{ours[0].name} was computed here and {foreign} was not; {advice}")
+        (foreign,) = set(paths) - set(ours)
+        advice = f"supply both files, or delete {foreign.name} to have both computed"
+        raise DataError("bad-statistics", f"{ours[0].name} was computed here and {foreign.name} was not; {advice}")
     mean, std = map(_read_statistic, paths)
     if mean.shape != std.shape:
         raise DataError("bad-statistics", f"{MEAN_FILE} has {mean.size} numbers and {STD_FILE} has {std.size}")
     if (std < 0).any():
         raise DataError("bad-statistics", f"{STD_FILE} holds {(std < 0).sum()} negative values")
-    return Stored(Statistics(mean, std), not ours, binding["fingerprint"] if ours else None)
+    return Stored(Statistics(mean, std), not ours, manifest["fingerprint"] if ours else None)
 
 
-def _bytes_of(path: Path) -> bytes:
+def _read_statistics_file(path: Path) -> bytes:
     try:
         return read_bytes(path)
     except DataError as error:
         raise DataError("bad-statistics", f"{path.name} {error.reason}") from None
 
 
-def _binding(folder: Path) -> dict:
+def _read_manifest(folder: Path) -> dict:
     try:
-        if not os.path.lexists(folder / BINDING_FILE):
+        if not os.path.lexists(folder / MANIFEST_FILE):
             return {"sha256": {}, "fingerprint": ""}
-        binding = json.loads(_bytes_of(folder / BINDING_FILE))
-        return {"sha256": dict(binding["sha256"]), "fingerprint": str(binding["fingerprint"])}
-    except DataError:
+        manifest = json.loads(_read_statistics_file(folder / MANIFEST_FILE))
+        return {"sha256": dict(manifest["sha256"]), "fingerprint": str(manifest["fingerprint"])}
+    except DataError:  # a ValueError, too, but it has its own reason
         raise
     except (ValueError, KeyError, TypeError, RecursionError):
-        raise DataError(
-            "bad-statistics", f"{BINDING_FILE} is damaged; delete it if the two files are yours, else all three"
-        ) from None
+        advice = f"delete it if {MEAN_FILE} and {STD_FILE} are your own, otherwise delete all three"
+        raise DataError("bad-statistics", f"{MANIFEST_FILE} is damaged; {advice}") from None
 
 
 def save(folder: Path, statistics: Statistics, fingerprint: str) -> None:
-    """Save the pair and the json that binds it.
+    """Save the pair and its manifest.
 
-    The json goes first and names the hashes of the files to come, after an older pair is gone: wherever we are cut
-    off, what is there is known as ours and incomplete, and is computed again. Written last, a crash just before it
-    would leave a pair that looks like the user's own.
+    The old pair is removed first, then the manifest is written with the hashes of the files to come, then the pair.
+    Wherever a crash cuts that off, `load` finds no pair, or one file of ours without the other, and the statistics are
+    computed again. If the manifest came last, a crash just before it would leave a pair that looks like the user's own.
     """
     blobs = {MEAN_FILE: npy_bytes(statistics.mean), STD_FILE: npy_bytes(statistics.std)}
     for name in blobs:
         (folder / name).unlink(missing_ok=True)
-    binding = {"sha256": {name: _sha256(blob) for name, blob in blobs.items()}, "fingerprint": fingerprint}
-    write_files(folder, {BINDING_FILE: json_bytes(binding)})
+    hashes = {name: _sha256(blob) for name, blob in blobs.items()}
+    manifest = {"sha256": hashes, "fingerprint": fingerprint}
+    write_files(folder, {MANIFEST_FILE: json_bytes(manifest)})
     write_files(folder, blobs)
 
 
 def rank_correlation(x: np.ndarray, reference: np.ndarray) -> np.ndarray:
-    """Spearman's rank correlation of each row of `x`, (N, D), with `reference`, (D,): shape (N,); equals share a rank.
+    """Spearman's rank correlation of each row of `x`, (N, D), with `reference`, (D,): shape (N,); 0 for constant rows.
 
-    An encoder's embeddings share a mean that is large beside their deviations. The order of its dimensions is like a
-    signature, which another scale or a few huge dimensions do not change.
+    The embeddings of an encoder have a common mean that is large beside their deviations. The order of its dimensions
+    is a signature of the encoder that neither scaling nor a few huge dimensions change.
     """
     rank = np.stack([_ranks(row) for row in (*x, reference)])
-    rank -= (rank.shape[1] - 1) / 2
-    size = np.sqrt(np.square(rank).sum(1))
-    return rank[:-1] @ rank[-1] / np.maximum(size[:-1] * size[-1], 1e-9)
+    rank -= (rank.shape[1] - 1) / 2  # the mean of any ranks, with or without ties
+    norm = np.sqrt(np.square(rank).sum(1))
+    rows, last = rank[:-1], rank[-1]
+    return rows @ last / np.maximum(norm[:-1] * norm[-1], 1e-9)
 
 
 def _ranks(values: np.ndarray) -> np.ndarray:
+    """Rank of each value, counted from 0; equal values share the mean of their ranks."""
     order = np.argsort(values, kind="stable")
+    in_order = values[order]
+    tied = in_order[1:] == in_order[:-1]
+    if tied.any():  # rare among float features, and slower
+        first = np.searchsorted(in_order, values)
+        behind_last = np.searchsorted(in_order, values, "right")
+        return (first + behind_last - 1) / 2
     ranks = np.empty(len(values))
     ranks[order] = np.arange(len(values))
-    in_order = values[order]
-    if (in_order[1:] == in_order[:-1]).any():
-        ranks = (np.searchsorted(in_order, values) + np.searchsorted(in_order, values, "right") - 1) / 2
     return ranks
 
 
@@ -499,16 +534,21 @@ def probabilities(logits: np.ndarray) -> np.ndarray:
 
 
 def balanced_cross_entropy(logits: np.ndarray, label: np.ndarray) -> float:
-    """Mean over the classes present of the mean cross-entropy, in nats; logits (N, C), label (N,)."""
+    """Mean over the classes present of their mean cross-entropy, in nats; logits (N, C), label (N,)."""
+    # The log of a sum of exponentials, shifted by the largest logit so that none overflows.
     peak = logits.max(1, keepdims=True)
-    loss = np.log(np.exp(logits - peak).sum(1)) + peak[:, 0] - logits[np.arange(len(label)), label]
+    normaliser = np.log(np.exp(logits - peak).sum(1)) + peak[:, 0]
+    loss = normaliser - logits[np.arange(len(label)), label]
     count = np.bincount(label)
-    return float((np.bincount(label, loss)[count > 0] / count[count > 0]).mean())
+    present = count > 0
+    total = np.bincount(label, loss)
+    return float((total[present] / count[present]).mean())
 
 
 def confusion_matrix(label: np.ndarray, predicted: np.ndarray, classes: int) -> np.ndarray:
     """Count label (rows) against prediction (columns), shape (C, C)."""
-    return np.bincount(label * classes + predicted, minlength=classes * classes).reshape(classes, classes)
+    cell = label * classes + predicted
+    return np.bincount(cell, minlength=classes * classes).reshape(classes, classes)
 
 
 def scores(confusion: np.ndarray) -> dict[str, np.ndarray]:
@@ -522,22 +562,28 @@ def scores(confusion: np.ndarray) -> dict[str, np.ndarray]:
     Returns
     -------
     dict
-        `ua` (unweighted accuracy: the mean recall), `wa` (weighted accuracy: the share that is right) and `macro_f1`,
-        as fractions of shape (...). A class without a labelled utterance is left out of the means.
+        `ua` (unweighted accuracy: the mean recall), `wa` (weighted accuracy: the share of correct predictions) and
+        `macro_f1`, as fractions of shape (...). Classes without a labelled utterance are left out of the means.
     """
     confusion = np.asarray(confusion, np.float64)
-    right = np.diagonal(confusion, axis1=-2, axis2=-1)
-    labelled, predicted = confusion.sum(-1), confusion.sum(-2)
+    correct = np.diagonal(confusion, axis1=-2, axis2=-1)
+    labelled = confusion.sum(-1)
+    predicted = confusion.sum(-2)
     present = labelled > 0
     classes = present.sum(-1)
+    # 0 / 0 in absent classes is replaced by np.where; a matrix without any utterance gives NaN.
     with np.errstate(invalid="ignore", divide="ignore"):
-        recall = np.where(present, right / labelled, 0).sum(-1) / classes
-        f1 = np.where(present, 2 * right / (labelled + predicted), 0).sum(-1) / classes
-        return {"ua": recall, "wa": right.sum(-1) / labelled.sum(-1), "macro_f1": f1}
+        recall = np.where(present, correct / labelled, 0)
+        f1 = np.where(present, 2 * correct / (labelled + predicted), 0)
+        return {
+            "ua": recall.sum(-1) / classes,
+            "wa": correct.sum(-1) / labelled.sum(-1),
+            "macro_f1": f1.sum(-1) / classes,
+        }
 
 
 def majority_scores(confusion: np.ndarray) -> dict[str, np.ndarray]:
-    """The `scores` of always answering the most frequent label; `ua` is 1 / C, however frequent that label is.
+    """The `scores` of always predicting the most frequent label; its `ua` is 1 / the number of classes present.
 
     Parameters
     ----------
@@ -545,41 +591,114 @@ def majority_scores(confusion: np.ndarray) -> dict[str, np.ndarray]:
         Shape (C, C), rows are labels.
     """
     labelled = np.sum(confusion, 1)
+    majority = labelled.argmax()
     always = np.zeros_like(confusion)
-    always[:, labelled.argmax()] = labelled
+    always[:, majority] = labelled
     return scores(always)
 
 
 def group_confusions(
     group: list[str], label: np.ndarray, predicted: np.ndarray, classes: int
 ) -> tuple[list[str], np.ndarray]:
-    """The names of the groups, sorted, and the confusion matrix of each, shape (G, C, C).
+    """The sorted names of the groups, and the confusion matrix of each, shape (G, C, C).
 
     Parameters
     ----------
     group, label, predicted
         Group, class and predicted class of each utterance, shape (N,).
     """
-    names, member = np.unique(group, return_inverse=True)
+    names, index = np.unique(group, return_inverse=True)
     confusions = np.zeros((len(names), classes, classes), int)
-    np.add.at(confusions, (member.reshape(-1), label, predicted), 1)
+    np.add.at(confusions, (index, label, predicted), 1)  # `+=` would count repeated indices once
     return names.tolist(), confusions
 
 
 def speaker_intervals(confusions: np.ndarray, seed: int, resamples: int = 2000) -> dict[str, tuple[float, float]]:
     """95 % percentile intervals of the scores from a bootstrap over speakers.
 
-    Utterances of one speaker are alike, so resampling them one by one would promise too much.
+    Utterances of one speaker are alike, so resampling single utterances would give intervals that are too narrow.
 
     Parameters
     ----------
     confusions
-        One confusion matrix for each speaker, shape (G, C, C).
+        One confusion matrix per speaker, shape (G, C, C).
     """
     groups = len(confusions)
-    drawn = np.random.default_rng(seed).multinomial(groups, np.full(groups, 1 / groups), resamples)  # (R, G)
-    resampled = np.tensordot(drawn, confusions, 1)  # (R, C, C)
-    return {name: tuple(np.nanpercentile(values, (2.5, 97.5)).tolist()) for name, values in scores(resampled).items()}
+    rng = np.random.default_rng(seed)
+    # How often each speaker is drawn: the sum of the matrices needs no list of the draws.
+    times = rng.multinomial(groups, np.full(groups, 1 / groups), resamples)  # (R, G)
+    resampled = np.tensordot(times, confusions, 1)  # (R, C, C)
+    intervals = {}
+    for name, values in scores(resampled).items():
+        low, high = np.nanpercentile(values, (2.5, 97.5)).tolist()
+        intervals[name] = (low, high)
+    return intervals
+
+
+def group_scores(
+    group: list[str | None], label: np.ndarray, predicted: np.ndarray, classes: int
+) -> dict[str, dict[str, float]]:
+    """Count `n` and the `scores` of each group; utterances whose group is None are left out.
+
+    Parameters
+    ----------
+    group, label, predicted
+        Group, class and predicted class of each utterance, shape (N,).
+    """
+    known = [row for row, name in enumerate(group) if name is not None]
+    if not known:
+        return {}
+    known_group = [group[row] for row in known]
+    names, confusions = group_confusions(known_group, label[known], predicted[known], classes)
+    by_group = {}
+    for name, counts in zip(names, confusions):
+        by_group[name] = {"n": int(counts.sum())} | _plain(scores(counts))
+    return by_group
+
+
+def _plain(values: dict[str, np.ndarray]) -> dict[str, float]:
+    """Python floats, for JSON."""
+    return {name: float(value) for name, value in values.items()}
+
+
+def evaluate(
+    label: np.ndarray, logits: np.ndarray, speaker: list[str], fold: np.ndarray, classes: tuple[str, ...], seed: int = 0
+) -> dict:
+    """Compute the metrics that follow from labels, logits, speakers and folds, ready for metrics.json.
+
+    Parameters
+    ----------
+    label, speaker, fold
+        Class, speaker and test fold of each utterance, shape (N,); all folds are 0 where there is one test set.
+    logits, seed
+        Calibrated logits, shape (N, C), and the seed of the bootstrap.
+
+    Returns
+    -------
+    dict
+        `ua`, `wa`, `macro_f1` with `..._ci95` and `majority_...`, `chance_ua`, `classes`, `recall`, `n_utterances`,
+        `confusion`, `ece`, `reliability`, `speakers` by name, and `folds` in order.
+    """
+    count = len(classes)
+    probability = probabilities(logits)
+    predicted = probability.argmax(1)
+    _, by_speaker = group_confusions(speaker, label, predicted, count)
+    confusion = by_speaker.sum(0)
+    recall = confusion.diagonal() / np.maximum(confusion.sum(1), 1)
+    metrics = _plain(scores(confusion))
+    metrics |= {f"{name}_ci95": list(interval) for name, interval in speaker_intervals(by_speaker, seed).items()}
+    metrics |= {f"majority_{name}": value for name, value in _plain(majority_scores(confusion)).items()}
+    return metrics | {
+        "chance_ua": 1 / count,
+        "classes": list(classes),
+        "recall": dict(zip(classes, recall.tolist())),
+        "n_utterances": len(label),
+        "confusion": confusion.tolist(),
+        "speakers": group_scores(speaker, label, predicted, count),
+        "folds": list(group_scores(fold.tolist(), label, predicted, count).values()),
+        "ece": expected_calibration_error(probability, label),
+        "reliability": _reliability_rows(probability, label),
+    }
 
 
 # --- calibration --------------------------------------------------------------------------------------------------
@@ -588,8 +707,7 @@ def speaker_intervals(confusions: np.ndarray, seed: int, resamples: int = 2000) 
 def reliability(probability: np.ndarray, label: np.ndarray, bins: int = 15) -> dict[str, np.ndarray]:
     """Confidence against accuracy in bins of equal width.
 
-    The confidence of a prediction is its largest probability. A bin holds those above its lower edge and up to its
-    upper one.
+    The confidence of a prediction is its largest probability. A bin excludes its lower edge and includes its upper one.
 
     Parameters
     ----------
@@ -604,72 +722,164 @@ def reliability(probability: np.ndarray, label: np.ndarray, bins: int = 15) -> d
         `low` and `high` edges, the count `n`, mean `confidence` and `accuracy` of each bin, shape (bins,); the last
         two are NaN in an empty bin.
     """
-    confidence, right = probability.max(1), probability.argmax(1) == label
-    place = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
-    n = np.bincount(place, minlength=bins)
+    confidence = probability.max(1)
+    correct = probability.argmax(1) == label
+    index = np.ceil(confidence * bins).astype(int) - 1
+    index = np.clip(index, 0, bins - 1)  # rounding may lift a probability above 1
+    n = np.bincount(index, minlength=bins)
     edges = np.arange(bins + 1) / bins
-    with np.errstate(invalid="ignore"):
-        means = {name: np.bincount(place, x, bins) / n for name, x in (("confidence", confidence), ("accuracy", right))}
-    return {"low": edges[:-1], "high": edges[1:], "n": n} | means
+    with np.errstate(invalid="ignore"):  # 0 / 0 in an empty bin
+        return {
+            "low": edges[:-1],
+            "high": edges[1:],
+            "n": n,
+            "confidence": np.bincount(index, confidence, bins) / n,
+            "accuracy": np.bincount(index, correct, bins) / n,
+        }
+
+
+def _reliability_rows(probability: np.ndarray, label: np.ndarray) -> list[dict]:
+    """The bins of `reliability`, one dict each."""
+    columns = {name: values.tolist() for name, values in reliability(probability, label).items()}
+    return [dict(zip(columns, row)) for row in zip(*columns.values())]
 
 
 def expected_calibration_error(probability: np.ndarray, label: np.ndarray, bins: int = 15) -> float:
-    """Mean distance of confidence and accuracy over the bins of `reliability`, weighted by their counts; a fraction.
+    """Mean distance between confidence and accuracy over the bins of `reliability`, weighted by count; a fraction.
 
     Naeini, Cooper and Hauskrecht 2015, "Obtaining well calibrated probabilities using Bayesian binning"; 15 bins as
     in Guo, Pleiss, Sun and Weinberger 2017, "On calibration of modern neural networks".
     """
-    found = reliability(probability, label, bins)
-    return float(np.nansum(found["n"] * np.abs(found["accuracy"] - found["confidence"])) / found["n"].sum())
+    curve = reliability(probability, label, bins)
+    gap = np.abs(curve["accuracy"] - curve["confidence"])
+    n = curve["n"]
+    return float(np.nansum(n * gap) / n.sum())
 
 
-# --- weighing two parts of a model ----------------------------------------------------------------------------------
+# --- the linear part of a model, and the weights of both parts ----------------------------------------------------
 
-WEIGHTS = tuple(0.02 * 1.25**step for step in range(24))  # of logits, to choose from: 0.02 to 3.4
-TRUST = 4  # power of the validation loss by which the hidden layer and the linear part weigh against each other
+SHRINKAGES = (0.01, 0.03, 0.1, 0.2, 0.3, 0.5, 0.8)  # of the covariance; validation speakers choose one
+MIN_SPREAD = 0.03  # floor of the deviation within classes, where normalised features have about 1
+LOGIT_WEIGHTS = tuple(0.02 * 1.25**step for step in range(24))  # to choose from: 0.02 to 3.4
+LOSS_POWER = 4  # how strongly the better of the two parts is preferred
 
 
-class Blend(NamedTuple):
-    """How much hidden layer and linear part weigh in a fold, and which shrinkage the linear part has.
+def fit_lda(x: np.ndarray, label: np.ndarray, classes: int) -> tuple[np.ndarray, np.ndarray]:
+    """Linear discriminant analysis with shrunken covariance and equal priors, for each of `SHRINKAGES`.
 
-    The logits are those weighted parts over `temperature`, which calibrates them.
+    The covariance within classes C becomes (1 - s) C + s v I, where v is its mean variance. All shrinkages share one
+    eigendecomposition, of the smaller of the two Gram matrices (D x D, or N x N by the Woodbury identity). It costs as
+    much as one solve per shrinkage if D < N, and a fraction of that if D > N.
+
+    Parameters
+    ----------
+    x
+        Normalised features, float32, shape (N, D).
+    label
+        Class of each row, shape (N,).
+
+    Returns
+    -------
+    kernel, bias
+        Shapes (7, D, C) and (7, C). Zeros if the features do not vary within the classes or are not finite.
+    """
+    count = np.bincount(label, minlength=classes)
+    divisor = np.maximum(count, 1).astype(np.float32)  # an empty class gets the mean 0, not NaN
+    one_hot = np.eye(classes, dtype=np.float32)[label]
+    centre = one_hot.T @ x / divisor[:, None]  # (C, D)
+    within = x - centre[label]
+    # Dividing by the deviation within classes makes the variances alike, as shrinkage towards v I assumes.
+    spread = np.sqrt(np.square(within).mean(0))  # (D,)
+    spread = np.maximum(spread, np.float32(MIN_SPREAD))
+    within, centre = within / spread, centre / spread
+    variance = np.square(within).mean()
+    if not (np.isfinite(variance) and variance > 0):
+        return np.zeros((len(SHRINKAGES), x.shape[1], classes), np.float32), np.zeros((len(SHRINKAGES), classes))
+    solve = _shrunken_solver(within, centre.T)
+    kernel = np.stack([solve(1 - shrinkage, shrinkage * variance) for shrinkage in SHRINKAGES])
+    bias = -0.5 * (centre.T * kernel).sum(1)
+    # A class without training utterances gets the mean of the others and a lower bias: it never beats the best of them.
+    seen = count > 0
+    kernel = np.where(seen, kernel, kernel[..., seen].mean(-1, keepdims=True))
+    bias = np.where(seen, bias, bias[..., seen].mean(-1, keepdims=True) + np.log(1e-6))
+    return (kernel / spread[:, None]).astype(np.float32), bias
+
+
+def _shrunken_solver(within: np.ndarray, rhs: np.ndarray) -> Callable[[float, float], np.ndarray]:
+    """Return solve(a, b) = (a C + b I)^-1 `rhs`, where C is the covariance of the rows of `within`, (N, D)."""
+    rows, dim = within.shape
+    gram = within.T @ within if rows >= dim else within @ within.T
+    value, vector = np.linalg.eigh(gram / rows)
+    value = np.maximum(value, 0)  # rounding can make the smallest ones negative
+    if rows >= dim:
+        projected = vector.T @ rhs
+
+        def solve(a: float, b: float) -> np.ndarray:
+            return vector @ (projected / (a * value + b)[:, None])
+
+        return solve
+    basis = within.T @ vector
+    projected = basis.T @ rhs
+
+    def solve_dual(a: float, b: float) -> np.ndarray:
+        inner = rows * (value + b / a)
+        return (rhs - basis @ (projected / inner[:, None])) / b
+
+    return solve_dual
+
+
+class EnsembleWeights(NamedTuple):
+    """Weights of the two parts of a fold's models, and the shrinkage of the linear part.
+
+    The logits of a model are the weighted sum of both parts, divided by `temperature` for calibration.
     """
 
-    shrinkage: int
+    shrinkage: int  # index in SHRINKAGES
     hidden: float
     linear: float
     temperature: float
 
 
-def choose_blend(hidden: np.ndarray, linear: np.ndarray, heard: list[np.ndarray], label: np.ndarray) -> Blend:
-    """Weigh the two parts by the validation utterances of the seeds of a fold.
+def fit_ensemble_weights(
+    hidden: list[np.ndarray], linear: list[np.ndarray], label: list[np.ndarray]
+) -> EnsembleWeights:
+    """Choose the weights of hidden layer and linear part on the validation utterances of a fold's seeds.
 
-    Each part gets the weight at which it alone is as sure of itself as it may be, so that one that knows nothing
-    weighs nothing, and weighs the more the smaller its loss is; then the sum gets its weight. The best weights of the
-    two together would be those of one seed, and the seeds differ more in the hidden layer, which gains more from
-    their mean.
+    Each part first gets the weight with its smallest validation loss, which is 0 for a part without information. Then
+    the part with the smaller loss gets the larger share. Finally the sum is calibrated. Weights fitted jointly would be
+    optimal for single seeds, but the seeds are averaged, and the hidden layers gain more from that.
 
     Parameters
     ----------
-    hidden, linear
-        Logits of the seeds, shapes (S, N, C) and (S, shrinkages, N, C).
-    heard
-        The validation utterances of each seed.
+    hidden
+        Logits of the hidden layer of each seed for its validation utterances, shape (n, C).
+    linear
+        Logits of the linear part, shape (shrinkages, n, C).
     label
-        Shape (N,).
+        Class of those utterances, shape (n,).
     """
+    weights = (0.0, *LOGIT_WEIGHTS)
+    hidden_loss, hidden_weight = _best_weight(hidden, label, weights)
+    candidates = []
+    for index in range(len(linear[0])):
+        logits = [seed[index] for seed in linear]
+        candidates.append(_best_weight(logits, label, weights))
+    shrinkage = min(range(len(candidates)), key=lambda index: candidates[index][0])
+    linear_loss, linear_weight = candidates[shrinkage]
+    loss_ratio = hidden_loss / max(linear_loss, 1e-9)  # a perfect linear part has a loss of 0
+    hidden_share = 1 / (1 + loss_ratio**LOSS_POWER)  # 1/2 at equal losses
+    hidden_weight = 2 * hidden_share * hidden_weight
+    linear_weight = 2 * (1 - hidden_share) * linear_weight
+    total = [hidden_weight * one + linear_weight * other[shrinkage] for one, other in zip(hidden, linear)]
+    _, calibration = _best_weight(total, label, LOGIT_WEIGHTS)
+    return EnsembleWeights(shrinkage, hidden_weight, linear_weight, 1 / calibration)
 
-    def best(logits, weights):
-        losses = [
-            np.mean([balanced_cross_entropy(weight * own[k], label[k]) for own, k in zip(logits, heard)])
-            for weight in weights
-        ]
-        return min(losses), weights[int(np.argmin(losses))]
 
-    found = [best(linear[:, number], (0.0, *WEIGHTS)) for number in range(linear.shape[1])]
-    shrinkage = min(range(len(found)), key=lambda number: found[number][0])
-    (hidden_loss, a), (linear_loss, b) = best(hidden, (0.0, *WEIGHTS)), found[shrinkage]
-    share = 1 / (1 + (hidden_loss / max(linear_loss, 1e-9)) ** TRUST)
-    a, b = 2 * share * a, 2 * (1 - share) * b
-    both = best(a * hidden + b * linear[:, shrinkage], WEIGHTS)[1]
-    return Blend(shrinkage, a, b, 1 / both)
+def _best_weight(logits: list[np.ndarray], label: list[np.ndarray], weights: tuple[float, ...]) -> tuple[float, float]:
+    """The smallest mean validation loss over the seeds, and the weight of the logits that gives it."""
+    losses = []
+    for weight in weights:
+        # Each seed counts the same, however many validation utterances it has.
+        by_seed = [balanced_cross_entropy(weight * one, true) for one, true in zip(logits, label)]
+        losses.append(float(np.mean(by_seed)))
+    return min(losses), weights[int(np.argmin(losses))]

@@ -4,7 +4,7 @@
     python tests/bench.py --read --train --growth --start --accuracy DIR --folds emobox-ravdess
     python tests/bench.py --all
 
-The contestants of a benchmark take turns inside one run, so that a machine that slows down slows all of them; figures
+The contestants of a benchmark take turns inside one run, so that a machine that slows down slows all of them; results
 are medians over the rounds, and ratios are taken round by round. Processes that are started here have jax's persistent
 compilation cache turned off: every start is a first start, and nothing is left behind.
 """
@@ -101,8 +101,8 @@ def child(*arguments: Any, answer: bool = False) -> Any:
     *lines, report = filter(None, done.stdout.splitlines())
     status, wall, cpu, peak = json.loads(report)
     if status:
-        told = done.stderr.strip().rpartition("\n")[2] or "it said nothing"
-        raise check_data.UsageError(f"{' '.join(command[5:])[:200]}: exit status {status}: {told}")
+        reason = done.stderr.strip().rpartition("\n")[2] or "no message"
+        raise check_data.UsageError(f"{' '.join(command[5:])[:200]}: exit status {status}: {reason}")
     return (
         json.loads(lines[-1]) if answer else Cost(wall, cpu, peak / (1 << 20 if sys.platform == "darwin" else 1 << 10))
     )
@@ -110,11 +110,11 @@ def child(*arguments: Any, answer: bool = False) -> Any:
 
 def machine() -> str:
     """Versions of what takes part, and the number of cores."""
-    told = [f"Python {platform.python_version()}"]
+    versions = [f"Python {platform.python_version()}"]
     for package in ("numpy", "jax", "flax", "optax", "torch", "scikit-learn"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            told.append(f"{package} {importlib.metadata.version(package)}")
-    return f"{', '.join(told)}; {os.cpu_count()} cores"
+            versions.append(f"{package} {importlib.metadata.version(package)}")
+    return f"{', '.join(versions)}; {os.cpu_count()} cores"
 
 
 def table(title: str, header: list[str], rows: list[list[str]]) -> None:
@@ -214,16 +214,13 @@ class Problem(NamedTuple):
 
     x: np.ndarray
     label: np.ndarray
-    dataset: Any
-    plan: Any
-    stored: stats.Stored
-    config: Any
+    experiment: Any
 
 
 def problem(utterances: int, batch: int, epochs: int) -> Problem:
-    """Make a set in memory and plan its five folds: all that these benchmarks need to know of train.py.
+    """Make a set in memory and split it into five folds: all that these benchmarks need to know of train.py.
 
-    train.train takes smaller batches where a set is small; the others then get the same.
+    train.train uses smaller batches on small sets; the others then get the same.
     """
     random = np.random.default_rng(0)
     label = np.arange(utterances) // SPEAKERS % CLASSES
@@ -234,30 +231,31 @@ def problem(utterances: int, batch: int, epochs: int) -> Problem:
         scan.records.append(check_data.Record(who, "name", (DIM,), "emb", "float32", place, 1.0))
     dataset = train.pack(scan)
     config = train.Config("none", folds="5", seeds=1, epochs=epochs, patience=epochs, batch=batch, width=WIDTH)
-    plan = train.make_plan(dataset, config)
-    smaller = int(plan.train.sum(1).max()) // getattr(train, "STEPS_AN_EPOCH", 1)
+    split = train.make_split(dataset, config)
+    smaller = int(split.train.sum(1).max()) // train.MIN_STEPS_PER_EPOCH
+    config = dataclasses.replace(config, batch=min(batch, max(smaller, 2)))
     stored = stats.Stored(stats.Moments.of(x).statistics(), False, "benchmark")
-    return Problem(x, label, dataset, plan, stored, dataclasses.replace(config, batch=min(batch, max(smaller, 2))))
+    return Problem(x, label, train.Experiment(config, dataset, split, stored))
 
 
 def prepare_ours(given: Problem) -> tuple[str, Callable[[], Any]]:
     def run() -> None:
-        task, mesh, data, members = train.set_up(given.dataset, given.plan, given.stored, given.config)
-        train.train_population(task, mesh, data, members, given.plan.folds, train.Keeper())
+        setup = train.set_up(given.experiment)
+        train.train_population(setup, given.experiment.split, train.RunFolder(None))
 
     return train.start_jax(), run
 
 
 def prepare_whole(given: Problem) -> tuple[str, Callable[[], Any]]:
-    """More than the others do: also the linear parts, the logits of all models for all utterances, hidden layers."""
-    return train.start_jax(), lambda: train.train(given.dataset, given.plan, given.stored, given.config)
+    """More than the others do: also the linear parts, and logits and hidden layers for all test speakers."""
+    return train.start_jax(), lambda: train.train(given.experiment)
 
 
 def prepare_torch(given: Problem) -> tuple[str, Callable[[], Any]]:
     """The loop that one would write: a model at a time, a batch at a time, the validation after each epoch."""
     import torch
 
-    config, device = given.config, "cuda" if torch.cuda.is_available() else "cpu"
+    config, device = given.experiment.config, "cuda" if torch.cuda.is_available() else "cpu"
     label = torch.tensor(given.label, device=device)
 
     def fit(training: np.ndarray, validating: np.ndarray) -> None:
@@ -279,14 +277,15 @@ def prepare_torch(given: Problem) -> tuple[str, Callable[[], Any]]:
             with torch.no_grad():
                 loss_of(model(x[validate_on]), label[validate_on]).item()
 
-    return device, lambda: [fit(*masks) for masks in zip(given.plan.train, given.plan.validation)]
+    split = given.experiment.split
+    return device, lambda: [fit(*masks) for masks in zip(split.train, split.validation)]
 
 
 def prepare_sklearn(given: Problem) -> tuple[str, Callable[[], Any]]:
     """The ready-made classifier; Adam only, without dropout, decoupled decay, smoothing, clipping or validation."""
     from sklearn.neural_network import MLPClassifier
 
-    config = given.config
+    config = given.experiment.config
 
     def fit(training: np.ndarray) -> None:
         x, limits = given.x[training], {"max_iter": config.epochs, "n_iter_no_change": config.epochs, "tol": 0.0}
@@ -295,7 +294,7 @@ def prepare_sklearn(given: Problem) -> tuple[str, Callable[[], Any]]:
             warnings.simplefilter("ignore")  # that it has not converged
             model.fit((x - x.mean(0)) / x.std(0), given.label[training])
 
-    return "cpu", lambda: [fit(training) for training in given.plan.train]
+    return "cpu", lambda: [fit(training) for training in given.experiment.split.train]
 
 
 PREPARE = {
@@ -323,8 +322,8 @@ def work(contestant: str, utterances: int, batch: int, epochs: int) -> None:
     device, run = PREPARE[contestant](given)
     cost = timed(run)
     # Products of every step: two of the hidden layer, whose input needs no gradient, and three of the output layer.
-    flops = (4 * DIM * WIDTH + 6 * WIDTH * CLASSES) * int(given.plan.train.sum()) * epochs
-    answer = {"cost": cost[:2], "flops": flops, "batch": given.config.batch, "device": device}
+    flops = (4 * DIM * WIDTH + 6 * WIDTH * CLASSES) * int(given.experiment.split.train.sum()) * epochs
+    answer = {"cost": cost[:2], "flops": flops, "batch": given.experiment.config.batch, "device": device}
     print(json.dumps(answer | {"peak": matrix_peak() if PREPARE[contestant] is prepare_ours else 0}))
 
 
@@ -334,7 +333,7 @@ def bench_train(options: argparse.Namespace) -> None:
     Each run is a process of its own. Ours runs for E + 4 epochs and for 4, since it compiles before the first; their
     difference is the time of E epochs without the compilation (lost in noise where E is small), and the time with it
     is that of the short run and (E - 4) / E of the difference. `all of train.train` does more than the others: it adds
-    the linear parts, the logits of all models for all utterances, and hidden layers. `of peak` sets the operations of
+    the linear parts, and logits and hidden layers for all test speakers. `of peak` sets the operations of
     the matrix products of the training steps, over the time without compilation, against the fastest median of a
     product of two 2048 x 2048 matrices in jax, measured on the same device in the same run.
     """
@@ -398,9 +397,9 @@ def bench_growth(options: argparse.Namespace) -> None:
                 contestants[program, size] = functools.partial(child, ROOT / program, f"{place}/{size}", *extra)
         costs = turns(contestants, options.rounds)
     for program in ("check_data.py", "train.py"):
-        figures = np.array([np.median(costs[program, size], 0) for size in options.sizes])
-        slopes = np.diff(np.log(figures), axis=0) / np.diff(np.log(options.sizes))[:, None]
-        for size, (wall, cpu, peak), slope in zip(options.sizes, figures, [None, *slopes]):
+        medians = np.array([np.median(costs[program, size], 0) for size in options.sizes])
+        slopes = np.diff(np.log(medians), axis=0) / np.diff(np.log(options.sizes))[:, None]
+        for size, (wall, cpu, peak), slope in zip(options.sizes, medians, [None, *slopes]):
             shares = [f"{wall / size * 1000:.3f}", f"{peak / size * 1000:.1f}"]
             steep = ["", ""] if slope is None else [f"{slope[0]:.2f}", f"{slope[2]:.2f}"]
             rows.append([program, str(size), f"{wall:.2f}", f"{cpu:.2f}", f"{peak:.0f}", *shares, *steep])
@@ -453,7 +452,7 @@ class Features(NamedTuple):
 
 
 class Split(NamedTuple):
-    """Indices of the utterances of one fold; `validation` are those of the first seed of the plan."""
+    """Indices of the utterances of one fold; `validation` are those of the first seed."""
 
     train: np.ndarray
     validation: np.ndarray
@@ -605,7 +604,7 @@ def bench_accuracy(options: argparse.Namespace) -> None:
         raise check_data.UsageError(blocker)
     frames, speaker = list(scan.features), [record.utterance.speaker or record.file for record in scan.records]
     dataset = train.pack(scan)
-    plan = train.make_plan(dataset, config)
+    split = train.make_split(dataset, config)
     moments = stats.Moments.stack([stats.Moments.of(sequence) for sequence in frames])
     data = Features(moments.mean.astype(np.float32), frames, moments, dataset.label, len(dataset.classes))
     size = f"{len(frames)} utterances, {len(set(speaker))} speakers, {data.classes} classes, --folds {options.folds}"
@@ -613,7 +612,7 @@ def bench_accuracy(options: argparse.Namespace) -> None:
     for name, (module, method) in YARDSTICKS.items():
         if installed(module, name):
             predicted = np.zeros_like(data.label)
-            cost = timed(functools.partial(predict_folds, method, data, plan, config.seeds, predicted))
+            cost = timed(functools.partial(predict_folds, method, data, split, predicted))
             rows.append(score_row(name, scored(data, speaker, predicted), cost))
             print(*rows[-1], sep="  ", file=sys.stderr, flush=True)
     with tempfile.TemporaryDirectory() as place:
@@ -627,12 +626,13 @@ def bench_accuracy(options: argparse.Namespace) -> None:
     )
 
 
-def predict_folds(method: Callable, data: Features, plan: Any, seeds: int, predicted: np.ndarray) -> None:
+def predict_folds(method: Callable, data: Features, split: Any, predicted: np.ndarray) -> None:
     """Fill in the prediction for every utterance, by the model of the fold that tests it."""
-    for fold in range(int(plan.fold.max()) + 1):
-        masks = plan.train[fold * seeds], plan.validation[fold * seeds], plan.fold == fold
-        split = Split(*map(np.flatnonzero, masks))
-        predicted[split.test] = method(data, split)
+    for fold in range(split.folds):
+        first = split.members(fold)[0]
+        masks = split.train[first], split.validation[first], split.fold == fold
+        parts = Split(*map(np.flatnonzero, masks))
+        predicted[parts.test] = method(data, parts)
 
 
 def scored(data: Features, speaker: list[str], predicted: np.ndarray) -> dict:

@@ -52,7 +52,7 @@ RESULTS = {
 FINISH = f"""
 for name, content in {RESULTS!r}.items():
     (run / name).write_bytes(content)
-(run / "state.npz").write_bytes(b"only for train.py itself")
+(run / "checkpoint-0.npz").write_bytes(b"only for train.py itself")
 print("epoch 1/1  loss 1.250  validation UA 0.625  2 of 2 models training  1 s, at most 0 s left", file=log)
 """
 
@@ -213,7 +213,7 @@ def test_the_real_scripts_train_there_go_on_after_an_end_and_the_model_comes_bac
     sides.deploy(*command)
     followed = sides.call("monitor", "gpu", "-f")
     assert followed.returncode == 0, followed.stdout
-    assert "GOING ON from epoch" in (sides.run / "remote.log").read_text()
+    assert "RESUMING from epoch" in (sides.run / "remote.log").read_text()
     for line in ("finished", "epoch 60/60  loss ", "ua 0."):
         assert f"\n{line}" in followed.stdout
     before = listing(sides.home)
@@ -248,7 +248,7 @@ def test_every_shell_goes_the_whole_way(sides, shell):
 def assert_whole(got):
     for name, content in RESULTS.items():
         assert (got / name).read_bytes() == content
-    assert not (got / "state.npz").exists()
+    assert not (got / "checkpoint-0.npz").exists()
 
 
 def assert_harmless(sides):
@@ -339,8 +339,8 @@ def test_a_failed_run_tells_its_status_and_its_last_words_harmlessly(sides):
 
 
 def test_after_kill_9_the_same_deploy_resumes(sides):
-    sides.deploy(orders="(run / 'state.npz').write_text('half')\nwait()")
-    until(lambda: (sides.run / "state.npz").exists())
+    sides.deploy(orders="(run / 'checkpoint-0.npz').write_text('half')\nwait()")
+    until(lambda: (sides.run / "checkpoint-0.npz").exists())
     pid = int((sides.base / "pid").read_text())
     launcher = int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
     os.kill(launcher, signal.SIGKILL)
@@ -351,7 +351,7 @@ def test_after_kill_9_the_same_deploy_resumes(sides):
     until(lambda: not sides.locked())
     assert verdict(sides) == (6, "killed: deploy again to resume")
     place = sides.run.resolve()
-    sides.deploy(orders="assert (run / 'state.npz').read_text() == 'half'\n" + FINISH)
+    sides.deploy(orders="assert (run / 'checkpoint-0.npz').read_text() == 'half'\n" + FINISH)
     sides.ended()
     assert verdict(sides)[0] == 0
     assert sides.run.resolve() == place
@@ -419,7 +419,7 @@ def test_train_py_gets_its_arguments_with_the_far_side_s_paths(sides):
         "3",
         "--classes",
         "happy",
-        "--sweep",
+        "--fresh",
         "set",
         "--labels",
         "my labels.csv",
@@ -429,7 +429,7 @@ def test_train_py_gets_its_arguments_with_the_far_side_s_paths(sides):
     sides.deploy(*command, orders=orders)
     sides.ended()
     given = json.loads((sides.home / "argv").read_text())
-    assert given[:5] == ["--epochs", "3", "--classes", "happy", "--sweep"]
+    assert given[:5] == ["--epochs", "3", "--classes", "happy", "--fresh"]
     data, labels, out = given[5], given[7], given[-1]
     assert same_files(sides.near / "set", sides.base / data)
     assert (sides.base / labels).read_text() == "file,emotion,speaker\n"

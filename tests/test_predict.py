@@ -1,0 +1,450 @@
+"""Prediction: which files are labelled, how they are scored, and which models are refused."""
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import FAST, ROOT, readme_python, rows_of, write_sequences
+from make_sample import write_sample
+
+import check_data
+import emotions
+import stats
+import train
+
+
+def predict(data, run, out, *more):
+    """The exit status of a prediction."""
+    return train.main([str(data), "--predict", str(run), "--out", str(out), *more])
+
+
+def train_and_keep(monkeypatch, arguments):
+    """Run the training program; return the outcome of `train.train`, which it does not keep."""
+    outcomes, real = [], train.train
+
+    def keep(*given):
+        outcomes.append(real(*given))
+        return outcomes[0]
+
+    with monkeypatch.context() as patched:
+        patched.setattr(train, "train", keep)
+        assert train.main(arguments) == 0
+    return outcomes[0]
+
+
+def calibrated_logits(fusion):
+    return fusion["logits"] / fusion["temperature"][:, None]
+
+
+def final_logits(outcome, files):
+    """The mean logits of the final models for some files."""
+    logits, _ = outcome.ensembles[-1].forward(np.atleast_2d(np.load(file)["emb"]) for file in files)
+    return logits.mean(0)
+
+
+# --- the same answers as in training ---
+
+
+def test_prediction_uses_the_final_models_of_the_run(trained, tmp_path, monkeypatch):
+    run, data = tmp_path / "run", trained / "data"
+    outcome = train_and_keep(monkeypatch, [str(data), "--out", str(run), *FAST])
+    assert predict(data, run, tmp_path / "out") == 1
+    with np.load(tmp_path / "out" / "fusion.npz") as fusion:
+        files = [data / f"{name}.npz" for name in fusion["id"]]
+        np.testing.assert_allclose(calibrated_logits(fusion), final_logits(outcome, files), atol=1e-5)
+        assert set(fusion["temperature"]) == {np.float32(outcome.choices[-1]["temperature"])}
+    final = outcome.ensembles[-1]
+    with np.load(run / "model.npz") as model:
+        np.testing.assert_array_equal(model["mean"], final.mean[0])
+        np.testing.assert_array_equal(model["scale"], final.scale[0])
+        for name, array in final.params.items():
+            np.testing.assert_array_equal(model[f"params/{name}"], array)
+
+
+@pytest.mark.parametrize("pooling", ["attentive", "mean"])
+def test_sequences_train_and_are_predicted_alike(tmp_path, jax_stack, pooling, monkeypatch):
+    data, run, out = write_sequences(tmp_path / "data"), tmp_path / "run", tmp_path / "out"
+    arguments = ["--pooling", pooling, "--folds", "3", "--seeds", "2", "--epochs", "8", "--width", "16"]
+    monkeypatch.setattr(train, "MAX_LENGTH_GROUPS", 2)  # each group takes long to compile
+    outcome = train_and_keep(monkeypatch, [str(data), "--out", str(run), *arguments])
+    assert json.loads((run / "metrics.json").read_text())["ua"] > 0.5
+    assert json.loads((run / "config.json").read_text())["pooling"] == pooling
+
+    assert predict(data, run, out) == 0
+    rows = rows_of(out / "predictions.csv")
+    assert np.mean([row["predicted"] == emotions.EMOTIONS[int(row["file"][6:8]) - 1] for row in rows]) > 0.8
+    with np.load(out / "fusion.npz") as fusion:
+        files = [data / row["file"] for row in rows]
+        np.testing.assert_allclose(calibrated_logits(fusion), final_logits(outcome, files), atol=2e-4)
+
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    shutil.copy(data / rows[5]["file"], alone)
+    assert predict(alone, run, tmp_path / "one") == 0
+    (row,) = rows_of(tmp_path / "one" / "predictions.csv")
+    for name in emotions.EMOTIONS:
+        assert float(row[f"p_{name}"]) == pytest.approx(float(rows[5][f"p_{name}"]), abs=1e-4)
+
+    if pooling == "attentive":  # README's program on sequences; vectors are tested below
+        scope = {}
+        exec(readme_python("probabilities").replace("runs/sample", str(run)), scope)
+        for row in rows[::7]:
+            expected = scope["probabilities"](np.load(data / row["file"])["emb"])
+            written = [float(row[f"p_{name}"]) for name in scope["classes"]]
+            np.testing.assert_allclose(written, expected, atol=1e-5)
+
+
+def test_prediction_needs_no_labels_and_agrees_with_the_readmes_numpy(trained, tmp_path, capsys, monkeypatch):
+    plain = tmp_path / "plain"
+    plain.mkdir()
+    files = sorted((trained / "data").glob("*_*.npz"))
+    for number, file in enumerate(files):
+        os.link(file, plain / f"{number:03d}.npz")
+    assert predict(plain, trained / "first", tmp_path / "out") == 0
+    output = capsys.readouterr().out
+    assert "112 files labelled, 0 left out" in output
+    assert "UA" not in output
+    assert "not scored" not in output
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "sample").symlink_to(trained / "first")
+    monkeypatch.chdir(tmp_path)
+    scope = {}
+    exec(readme_python("probabilities"), scope)
+    expected = np.stack([scope["probabilities"](np.load(file)["emb"]) for file in files])
+    assert scope["classes"] == list(emotions.EMOTIONS)
+    rows = rows_of(tmp_path / "out" / "predictions.csv")
+    written = np.array([[float(row[f"p_{name}"]) for name in emotions.EMOTIONS] for row in rows])
+    np.testing.assert_allclose(written, expected, atol=1e-5)
+
+
+def test_prediction_writes_the_same_fusion_file(trained, tmp_path):
+    assert predict(trained / "data", trained / "first", tmp_path / "out") == 1
+    fusion, own = np.load(tmp_path / "out" / "fusion.npz"), np.load(trained / "first" / "fusion.npz")
+    assert set(fusion) == set(own)
+    assert fusion["id"].tolist() == own["id"].tolist()
+    assert fusion["statistics"] == own["statistics"]
+    assert fusion["embedding"].shape == own["embedding"].shape
+    assert set(fusion["fold"]) == {0}
+    np.testing.assert_array_equal(fusion["label"], own["label"])
+    np.testing.assert_array_equal(fusion["speaker"], own["speaker"])
+    rows = rows_of(tmp_path / "out" / "predictions.csv")
+    np.testing.assert_allclose(fusion["probability"][:, 0], [float(row["p_neutral"]) for row in rows], atol=1e-6)
+    np.testing.assert_allclose(stats.probabilities(calibrated_logits(fusion)), fusion["probability"], atol=1e-6)
+
+
+def test_the_number_of_files_in_memory_changes_no_answer(trained, tmp_path, monkeypatch):
+    assert predict(trained / "data", trained / "first", tmp_path / "all") == 1
+    monkeypatch.setattr(train, "FORWARD_BATCH", 5)
+    assert predict(trained / "data", trained / "first", tmp_path / "few") == 1
+    few, whole = (np.load(tmp_path / name / "fusion.npz") for name in ("few", "all"))
+    assert few["id"].tolist() == whole["id"].tolist()
+    np.testing.assert_allclose(few["logits"], whole["logits"], atol=1e-5)
+    np.testing.assert_allclose(few["embedding"], whole["embedding"], atol=1e-5)
+
+
+# --- scores ---
+
+
+def test_prediction_scores_labelled_files_of_unseen_speakers(trained, tmp_path, capsys):
+    data = write_sample(tmp_path / "data", actors=6, dim=24)  # the first four of each corpus are training speakers
+    np.savez(data / "nameless.npz", emb=np.load(data / "cremad_1001_IOM_ANG_XX.npz")["emb"] + 1)
+    np.savez(data / "cremad_1006_XXX_ANG_XX.npz", emb=np.zeros(24))
+    assert predict(data, trained / "first", tmp_path / "out") == 1
+    output = capsys.readouterr().out
+    fusion = np.load(tmp_path / "out" / "fusion.npz")
+    unseen = np.isin(fusion["speaker"], ["ravdess:05", "ravdess:06", "cremad:1005", "cremad:1006"])
+    label, predicted = fusion["label"][unseen], fusion["probability"][unseen].argmax(1)
+    ua = float(stats.scores(stats.confusion_matrix(label, predicted, 8))["ua"])
+    assert f"UA {ua:.4f} (" in output
+    assert f") on {unseen.sum()} files with a known label, of 4 unseen speakers\n" in output
+    reason = "label or speaker unknown, or the speaker was in the training data"
+    assert f"{(~unseen).sum()} not scored: {reason}\n" in output
+    assert output.splitlines()[-1] == str(tmp_path / "out" / "predictions.csv")
+    rows = rows_of(tmp_path / "out" / "predictions.csv")
+    assert [row["label"] for row in rows if row["file"] == "nameless.npz"] == [""]
+    assert [row["label"] for row in rows if row["file"] == "cremad_1001_IOM_ANG_XX.npz"] == ["angry"]
+    assert [row["code"] for row in rows_of(tmp_path / "out" / "skipped.csv")] == ["constant"]
+
+
+def test_two_unseen_speakers_have_no_interval(trained, tmp_path, capsys):
+    data = write_sample(tmp_path / "data", actors=6, dim=24)
+    for path in data.iterdir():
+        if not path.name.endswith("-05.npz") and not path.name.endswith("-06.npz"):
+            path.unlink()
+    assert predict(data, trained / "first", tmp_path / "out") == 0
+    output = capsys.readouterr().out
+    (line,) = [line for line in output.splitlines() if line.startswith("UA ")]
+    assert line.endswith(" on 32 files with a known label, of 2 unseen speakers")
+    assert "(" not in line
+    assert "not scored" not in output
+
+
+def test_files_of_training_speakers_are_not_scored(trained, tmp_path, capsys):
+    assert predict(trained / "data", trained / "first", tmp_path / "out") == 1
+    output = capsys.readouterr().out
+    assert "UA" not in output
+    assert "112 not scored" in output
+
+
+@pytest.mark.parametrize(
+    ("training_speakers", "speaker", "unseen"),
+    [
+        (("ravdess:01",), "ravdess:02", True),
+        (("ravdess:01",), "cremad:1001", True),
+        (("ravdess:01",), "ravdess:01", False),
+        (("ravdess:01",), None, False),
+        (("", "ravdess:01"), "ravdess:02", False),  # an unknown training speaker may be anybody
+        ((), "ravdess:02", False),
+        (("own:1",), "ravdess:02", False),  # custom names cannot be compared with those of a corpus
+        (("ravdess:01",), "own:2", False),
+        (("own:1", "ravdess:01"), "own:2", False),
+        (("own:1",), "own:2", True),
+    ],
+)
+def test_a_speaker_is_unseen_only_if_that_is_certain(training_speakers, speaker, unseen):
+    model = train.Model((), 1, "mean", False, (), training_speakers, 0.0, 1.0, 1.0, None)
+    assert model.is_unseen_speaker(speaker) == unseen
+
+
+# --- which files are labelled ---
+
+
+def test_prediction_leaves_out_features_of_an_absurd_scale(trained, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(trained / "data", data)
+    files = sorted(path.name for path in data.glob("ravdess*"))[:4]
+    for name, factor in zip(files, (1e30, 1e36, 1e-30, 1e6)):
+        np.savez(data / name, emb=(np.load(data / name)["emb"] * np.float32(factor)).astype(np.float32))
+    assert predict(data, trained / "first", tmp_path / "out") == 1
+    rows = [(row["file"], row["code"]) for row in rows_of(tmp_path / "out" / "skipped.csv")]
+    assert [row for row in rows if row[1] != "empty"] == [(name, "absurd-scale") for name in files]
+    assert np.isfinite(np.load(tmp_path / "out" / "fusion.npz")["probability"]).all()
+
+
+def test_a_misspelled_class_is_named(trained, tmp_path, caplog):
+    assert predict(trained / "data", trained / "first", tmp_path / "out", "--classes", "hapyy") == 2
+    assert "hapyy" in caplog.messages[-1]
+
+
+def test_prediction_merges_labels_as_the_training_did(tmp_path, jax_stack):
+    data, run, out = write_sample(tmp_path / "data", actors=3, dim=24), tmp_path / "run", tmp_path / "out"
+    assert train.main([str(data), "--out", str(run), "--merge", "calm=neutral", *FAST]) == 0
+    assert predict(data, run, out) == 0
+    assert {row["label"] for row in rows_of(out / "predictions.csv")} == set(emotions.EMOTIONS) - {"calm"}
+
+
+def test_prediction_takes_a_single_file_and_needs_no_jax(trained, tmp_path):
+    file = next((trained / "data").glob("ravdess*.npz"))
+    code = "import sys; sys.modules['jax'] = None; import train; sys.exit(train.main(sys.argv[1:]))"
+    arguments = [str(file), "--predict", str(trained / "first"), "--out", str(tmp_path / "out")]
+    command = [sys.executable, "-c", code, *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "1 file labelled, 0 left out" in done.stdout
+    assert done.stderr == ""
+    (row,) = rows_of(tmp_path / "out" / "predictions.csv")
+    (before,) = [row for row in rows_of(trained / "first" / "predictions.csv") if row["file"] == file.name]
+    assert (row["file"], row["label"]) == (file.name, before["label"])
+
+
+def test_results_go_into_the_run_unless_a_folder_is_given(trained, tmp_path):
+    shutil.copytree(trained / "first", tmp_path / "run")
+    assert train.main([str(trained / "data"), "--predict", str(tmp_path / "run")]) == 1
+    names = {path.name for path in (tmp_path / "run" / "predict-data").iterdir()}
+    assert names == {"fusion.npz", "predictions.csv", "skipped.csv"}
+
+
+def test_prediction_writes_nothing_among_the_features(trained, tmp_path, caplog):
+    data = tmp_path / "data"
+    shutil.copytree(trained / "data", data)
+    before = sorted(data.iterdir())
+    for given in (data, before[-1]):
+        assert predict(given, trained / "first", data) == 2
+        assert "is the folder of the features, or a file" in caplog.messages[-1]
+    assert sorted(data.iterdir()) == before
+    assert predict(data, trained / "first", data / "out") == 1
+    assert len(check_data.scan(check_data.ScanOptions(str(data))).records) == 112
+
+
+def test_a_run_has_no_features_to_predict(trained, tmp_path, caplog):
+    assert predict(trained / "first", trained / "first", tmp_path / "out") == 2
+    assert "\n" not in caplog.messages[-1]
+    assert not (tmp_path / "out").exists()
+
+
+def test_prediction_never_overwrites_a_training_run(trained, caplog):
+    before = {path.name: path.read_bytes() for path in (trained / "second").iterdir()}
+    assert predict(trained / "data", trained / "first", trained / "second") == 2
+    assert "holds the results of a training run" in caplog.messages[-1]
+    assert {path.name: path.read_bytes() for path in (trained / "second").iterdir()} == before
+
+
+@pytest.mark.parametrize("dim", [7, 48])
+def test_prediction_refuses_features_of_another_width(trained, tmp_path, dim, caplog):
+    other = write_sample(tmp_path / "other", actors=1, dim=dim)
+    assert predict(other, trained / "first", tmp_path / "out") == 2
+    assert "no file can be used; the model needs features 24 wide" in caplog.messages[-1]
+
+
+def test_prediction_refuses_a_width_other_than_the_models(trained, tmp_path, caplog):
+    assert predict(trained / "data", trained / "first", tmp_path / "out", "--dim", "12") == 2
+    assert "--dim is 12, but the model needs features 24 wide" in caplog.messages[-1]
+
+
+# --- other encoders ---
+
+
+@pytest.fixture(scope="module")
+def encoded(tmp_path_factory, jax_stack):
+    """Features with a mean that is large beside their deviations, as those of an encoder, and a run on them."""
+    place = tmp_path_factory.mktemp("encoded")
+    signature = 20 * np.random.default_rng(5).normal(size=24)
+    for path in write_sample(place / "data", actors=4, dim=24).iterdir():
+        np.savez(path, emb=np.load(path)["emb"] + signature)
+    assert train.main([str(place / "data"), "--out", str(place / "run"), *FAST]) == 0
+    return place
+
+
+def test_prediction_leaves_out_files_of_another_encoder(encoded, tmp_path, capsys):
+    data = tmp_path / "data"
+    shutil.copytree(encoded / "data", data)
+    files = sorted(path.name for path in data.glob("ravdess*"))
+    for name in files[:3]:
+        np.savez(data / name, emb=np.load(data / name)["emb"][::-1])
+    np.savez(data / files[3], emb=3 * np.load(data / files[3])["emb"])  # another scale is no other encoder
+    assert predict(data, encoded / "run", tmp_path / "out") == 1
+    assert "109 files labelled, 3 left out" in capsys.readouterr().out
+    rows = rows_of(tmp_path / "out" / "skipped.csv")
+    assert [(row["file"], row["code"]) for row in rows] == [(name, "other-encoder") for name in files[:3]]
+    assert "the order of its dimensions correlates by" in rows[0]["reason"]
+
+
+def test_a_folder_of_another_encoder_is_refused(encoded, tmp_path, caplog):
+    data = tmp_path / "data"
+    shutil.copytree(encoded / "data", data)
+    for path in data.glob("*.npz"):
+        np.savez(path, emb=np.load(path)["emb"][::-1])
+    assert predict(data, encoded / "run", tmp_path / "out") == 2
+    assert "no file can be used" in caplog.messages[-1]
+    assert not (tmp_path / "out").exists()
+
+
+def supply_statistics(folder, mean):
+    np.save(folder / stats.MEAN_FILE, mean)
+    np.save(folder / stats.STD_FILE, np.ones_like(mean))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda mean: mean[::-1], "is of another encoder than the model"),
+        (lambda mean: mean[:20], "has 20 numbers, but the model needs features 24 wide"),
+    ],
+)
+def test_statistics_of_another_encoder_are_refused(encoded, tmp_path, change, message, caplog):
+    data, mean = tmp_path / "data", np.load(encoded / "run" / stats.MEAN_FILE)
+    shutil.copytree(encoded / "data", data, ignore=shutil.ignore_patterns("wav2vec*"))
+    supply_statistics(data, change(mean))
+    assert predict(data, encoded / "run", tmp_path / "out") == 2
+    assert f"wav2vec_mean.npy {message}" in caplog.messages[-1]
+    assert not (tmp_path / "out").exists()
+
+
+def test_statistics_of_the_same_encoder_are_accepted_but_the_models_own_are_used(encoded, tmp_path):
+    data, mean = tmp_path / "data", np.load(encoded / "run" / stats.MEAN_FILE)
+    shutil.copytree(encoded / "data", data, ignore=shutil.ignore_patterns("wav2vec*"))
+    assert predict(data, encoded / "run", tmp_path / "without") == 0
+    supply_statistics(data, mean * 1.1)
+    assert predict(data, encoded / "run", tmp_path / "with") == 0
+    without, supplied = (tmp_path / name / "predictions.csv" for name in ("without", "with"))
+    assert supplied.read_bytes() == without.read_bytes()
+
+
+def test_features_that_were_normalised_are_never_of_another_encoder(trained, tmp_path):
+    """Their mean is near 0 and identifies no encoder."""
+    assert json.loads((trained / "first" / "config.json").read_text())["encoder_similarity"] < 0.2
+    other = write_sample(tmp_path / "other", actors=1, dim=24, seed=3)
+    assert predict(other, trained / "first", tmp_path / "out") == 0
+
+
+# --- damaged models ---
+
+
+def damage_config(run, **changes):
+    config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps(config | changes))
+
+
+def damage_model(run, **changes):
+    """Replace arrays by the last part of their names; None removes them."""
+    with np.load(run / "model.npz") as model:
+        arrays = {name: changes.get(name.rpartition("/")[2], model[name]) for name in model}
+    np.savez(run / "model.npz", **{name: array for name, array in arrays.items() if array is not None})
+    damage_config(run, model=hashlib.sha256((run / "model.npz").read_bytes()).hexdigest())
+
+
+def replace_by_fifo(path):
+    path.unlink()
+    os.mkfifo(path)
+
+
+NOT_FINISHED, NOT_TOGETHER, NOT_FINITE = "holds no finished model", "do not belong together", "NaN or Inf, or a scale"
+DAMAGES = {
+    "no folder": (shutil.rmtree, NOT_FINISHED),
+    "no model.npz": (lambda run: (run / "model.npz").unlink(), NOT_FINISHED),
+    "model.npz cut off": (lambda run: (run / "model.npz").write_bytes(b"PK\x03\x04"), NOT_FINISHED),
+    "config.json a list": (lambda run: (run / "config.json").write_text("[1]"), NOT_FINISHED),
+    "config.json too deep": (lambda run: (run / "config.json").write_text("[" * 200000), NOT_FINISHED),
+    "config.json a FIFO": (lambda run: replace_by_fifo(run / "config.json"), NOT_FINISHED),
+    "another format": (lambda run: damage_config(run, format=2), "another version of train.py; train again"),
+    "too few classes": (lambda run: damage_config(run, classes=["happy", "sad"]), NOT_TOGETHER),
+    "one class eight times": (lambda run: damage_config(run, classes=["happy"] * 8), NOT_FINISHED),
+    "another width": (lambda run: damage_config(run, dim=12), NOT_TOGETHER),
+    "a width in words": (lambda run: damage_config(run, dim="wide"), NOT_FINISHED),
+    "an infinite width": (lambda run: damage_config(run, dim=float("inf")), NOT_FINISHED),
+    "a huge similarity": (lambda run: damage_config(run, encoder_similarity=10**400), NOT_FINISHED),
+    "similarity NaN": (lambda run: damage_config(run, encoder_similarity=float("nan")), NOT_FINISHED),
+    "temperature NaN": (lambda run: damage_config(run, temperature=float("nan")), NOT_FINISHED),
+    "temperature 0": (lambda run: damage_config(run, temperature=0), NOT_FINISHED),
+    "a negative rms": (lambda run: damage_config(run, rms=-1), NOT_FINISHED),
+    "merge a number": (lambda run: damage_config(run, options={"merge": 1}), NOT_FINISHED),
+    "merge without =": (lambda run: damage_config(run, options={"merge": [1]}), NOT_FINISHED),
+    "no speakers": (lambda run: damage_config(run, speakers=None), NOT_FINISHED),
+    "another pooling": (lambda run: damage_config(run, pooling="attentive"), NOT_TOGETHER),
+    "a scale of 0": (lambda run: damage_model(run, scale=np.zeros(24, np.float32)), NOT_FINITE),
+    "a narrow scale": (lambda run: damage_model(run, scale=np.ones(3, np.float32)), NOT_TOGETHER),
+    "mean NaN": (lambda run: damage_model(run, mean=np.full(24, np.nan, np.float32)), NOT_FINITE),
+    "the model of another run": (lambda run: damage_config(run, model="0" * 64), NOT_TOGETHER),
+    "no biases": (lambda run: damage_model(run, bias=None), NOT_TOGETHER),
+}
+
+
+@pytest.mark.parametrize(("damage", "message"), DAMAGES.values(), ids=DAMAGES)
+def test_a_missing_or_damaged_model_is_refused(trained, tmp_path, damage, message, caplog):
+    shutil.copytree(trained / "first", tmp_path / "run")
+    damage(tmp_path / "run")
+    assert predict(trained / "data", tmp_path / "run", tmp_path / "out") == 2
+    assert message in caplog.messages[-1]
+    assert "\n" not in caplog.messages[-1]
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_intact_model_is_loaded_whole(trained):
+    model = train.load_model(trained / "first")
+    config = json.loads((trained / "first" / "config.json").read_text())
+    assert (list(model.classes), model.dim, model.merge) == (config["classes"], 24, ())
+    assert (list(model.speakers), model.temperature) == (config["speakers"], config["temperature"])
+    assert model.ensemble.mean.shape == model.ensemble.scale.shape == (2, 24)
+    shapes = {name: array.shape for name, array in model.ensemble.params.items()}
+    assert shapes == {
+        "Dense_0/bias": (2, 32),
+        "Dense_0/kernel": (2, 24, 32),
+        "Dense_1/bias": (2, 8),
+        "Dense_1/kernel": (2, 32, 8),
+        "linear/bias": (2, 8),
+        "linear/kernel": (2, 24, 8),
+    }

@@ -1,0 +1,474 @@
+"""The whole program: what a run leaves behind, how it is scored, and which runs are refused."""
+
+import csv
+import dataclasses
+import json
+import shlex
+
+import numpy as np
+import pytest
+from conftest import ARTIFACTS, FAST, ROOT, SMALL, bare_dataset, readme_python, rows_of
+from make_sample import write_sample
+
+import emotions
+import stats
+import train
+
+BAD_FILE = "03-01-05-01-02-01-12.npz"
+
+
+@pytest.fixture(scope="module")
+def metrics(trained):
+    return json.loads((trained / "first" / "metrics.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def experiment(population):
+    return population.experiment
+
+
+@pytest.fixture(scope="module")
+def outcome(experiment):
+    """A small experiment, trained; do not change it."""
+    return train.train(experiment)
+
+
+# --- artifacts ---
+
+
+def test_a_run_leaves_every_artifact_and_nothing_else(trained):
+    assert {path.name for path in (trained / "first").iterdir()} == ARTIFACTS
+    assert not [path for path in trained.rglob("*") if path.name.endswith(".tmp")]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.npz",
+        "fusion.npz",
+        "predictions.csv",
+        "history.csv",
+        "confusion.csv",
+        "skipped.csv",
+        stats.MEAN_FILE,
+        stats.STD_FILE,
+    ],
+)
+def test_a_run_that_loads_the_statistics_writes_the_same_bytes_as_the_one_that_computed_them(trained, name):
+    assert (trained / "first" / name).read_bytes() == (trained / "second" / name).read_bytes()
+
+
+def test_metrics_describe_the_run_and_its_scores(metrics):
+    assert metrics["ua"] > 3 * metrics["chance_ua"]
+    assert metrics["ua_ci95"][0] <= metrics["ua"] <= metrics["ua_ci95"][1]
+    assert metrics["chance_ua"] == 1 / 8
+    assert metrics["classes"] == list(emotions.EMOTIONS)
+    assert (metrics["n_utterances"], metrics["n_speakers"], metrics["fold_scheme"]) == (112, 8, "3")
+    assert metrics["speaker_independent"]
+    assert metrics["statistics"] == "of the training speakers"
+    assert metrics["left_out"] == {"empty": 1}
+    assert metrics["left_out_first"] == {"empty": {"file": BAD_FILE, "reason": "has no bytes"}}
+    assert set(metrics["versions"]) == {"python", "jax", "flax", "optax", "numpy"}
+    assert metrics["settings"]["width"] == 32
+    assert metrics["seconds"] > 0
+    assert "CPU" in metrics["device"]
+    assert "sweep" not in metrics
+    assert set(metrics["folds"][0]["chosen"]) == {"shrinkage", "hidden", "linear", "temperature"}
+
+
+def test_each_fold_in_the_metrics_lists_disjoint_speakers_and_its_scores(metrics):
+    assert len(metrics["folds"]) == 3
+    for fold in metrics["folds"]:
+        train_speakers, validation, test = (set(fold[side]) for side in ("train", "validation", "test"))
+        assert not train_speakers & validation
+        assert not test & (train_speakers | validation)
+        assert {"ua", "wa", "macro_f1", "n_test", "epochs", "skipped_steps"} <= set(fold)
+
+
+def test_the_scores_are_those_of_the_predictions_file(trained, metrics):
+    rows = rows_of(trained / "first" / "predictions.csv")
+    assert len(rows) == 112
+    assert list(rows[0])[:6] == ["file", "corpus", "speaker", "label", "fold", "predicted"]
+    recalls = []
+    for name in metrics["classes"]:
+        predicted = [row["predicted"] for row in rows if row["label"] == name]
+        recalls.append(predicted.count(name) / len(predicted))
+    assert metrics["ua"] == pytest.approx(np.mean(recalls))
+    for row in rows:
+        p = {name: float(row[f"p_{name}"]) for name in metrics["classes"]}
+        assert sum(p.values()) == pytest.approx(1, abs=1e-5)
+        assert row["predicted"] == max(p, key=p.get)
+        assert row["speaker"] in metrics["folds"][int(row["fold"]) - 1]["test"]
+
+
+def test_the_confusion_file_has_the_matrix_of_the_metrics(trained, metrics):
+    with (trained / "first" / "confusion.csv").open(newline="") as file:
+        header, *rows = csv.reader(file)
+    assert header == ["label", *metrics["classes"]]
+    assert [row[0] for row in rows] == metrics["classes"]
+    assert [[int(count) for count in row[1:]] for row in rows] == metrics["confusion"]
+
+
+def test_files_left_out_are_listed_with_code_and_reason(trained):
+    (row,) = rows_of(trained / "first" / "skipped.csv")
+    assert row == {"file": BAD_FILE, "code": "empty", "reason": "has no bytes"}
+
+
+def test_the_log_has_the_device_the_faults_and_the_progress(trained):
+    lines = (trained / "first" / "train.log").read_text().splitlines()
+    assert lines[0].startswith("device: CPU (")
+    assert "because" in lines[0]
+    assert any(line.startswith("epoch 4/12  loss") for line in lines)
+    assert any(line.startswith(f"{BAD_FILE}: empty") for line in lines)
+
+
+def test_the_history_has_a_row_for_each_epoch_fold_and_seed(trained):
+    rows = rows_of(trained / "first" / "history.csv")
+    keys = [(int(row["epoch"]), row["fold"], row["seed"]) for row in rows]
+    assert len(set(keys)) == len(keys)
+    assert {(fold, seed) for epoch, fold, seed in keys if epoch == 1} == {
+        (fold, seed) for fold in ("1", "2", "3", "final") for seed in ("0", "1")
+    }
+    assert "setting" not in rows[0]
+
+
+def test_the_configuration_describes_the_model(trained):
+    config = json.loads((trained / "first" / "config.json").read_text())
+    assert config["format"] == 4
+    assert config["classes"] == list(emotions.EMOTIONS)
+    assert (config["dim"], config["pooling"], config["reshapes_vectors"]) == (24, "mean", False)
+    assert len(config["speakers"]) == 8
+    assert config["options"]["width"] == 32
+    assert config["temperature"] > 0
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        train.Config("-a 'dir'", seeds=3, merge=("calm=neutral", "fear=sad"), sweep=4, pattern="-(?P<emotion>.)"),
+        train.Config("D", fresh=True, dim=7),
+        train.Config("D"),
+    ],
+)
+def test_the_command_of_a_run_has_the_same_options(config):
+    python, program, *arguments = shlex.split(train.command_line(config))
+    assert (python, program) == ("python", "train.py")
+    assert train.parse_config(arguments) == config
+
+
+def test_every_seed_that_is_accepted_runs(sample, tmp_path):
+    short = ("--epochs", "2", "--seeds", "1", "--width", "8", "--folds", "2", "--seed", str(2**32 - 1))
+    assert train.main([str(sample), "--out", str(tmp_path / "run"), *short]) == 0
+
+
+# --- fusion.npz ---
+
+
+def test_the_fusion_file_keeps_its_contract(trained, metrics):
+    fusion, rows = np.load(trained / "first" / "fusion.npz"), rows_of(trained / "first" / "predictions.csv")
+    assert fusion["id"].tolist() == [row["file"].removesuffix(".npz") for row in rows]
+    assert fusion["classes"].tolist() == metrics["classes"]
+    assert [metrics["classes"][label] for label in fusion["label"]] == [row["label"] for row in rows]
+    assert fusion["speaker"].tolist() == [row["speaker"] for row in rows]
+    assert fusion["fold"].tolist() == [int(row["fold"]) for row in rows]
+    temperature = [metrics["folds"][fold - 1]["chosen"]["temperature"] for fold in fusion["fold"]]
+    np.testing.assert_allclose(fusion["temperature"], temperature, rtol=1e-6)
+    calibrated = stats.probabilities(fusion["logits"] / fusion["temperature"][:, None])
+    np.testing.assert_allclose(calibrated, fusion["probability"], atol=1e-6)
+    written = np.array([[float(row[f"p_{name}"]) for name in metrics["classes"]] for row in rows])
+    np.testing.assert_allclose(fusion["probability"], written, atol=1e-6)
+    assert fusion["embedding"].shape == (112, 2 * 32)
+
+
+def test_the_embedding_is_the_hidden_layer_of_each_seed_of_the_fold(experiment, outcome):
+    for number, fold in enumerate(experiment.split.fold):
+        mean, scale, params = outcome.ensembles[fold]
+        layers = []
+        for seed in range(2):
+            x = (experiment.dataset.x[number] - mean[seed]) / scale[seed]
+            layers.append(np.maximum(x @ params["Dense_0/kernel"][seed] + params["Dense_0/bias"][seed], 0))
+        np.testing.assert_allclose(outcome.answers.embedding[number], np.concatenate(layers), rtol=1e-3, atol=1e-4)
+
+
+def test_the_readmes_late_fusion_runs(trained, metrics, tmp_path, monkeypatch, capsys):
+    (tmp_path / "runs").mkdir()
+    for name, run in (("voice", "first"), ("face", "second")):
+        (tmp_path / "runs" / name).symlink_to(trained / run)
+    monkeypatch.chdir(tmp_path)
+    exec(readme_python("intersect1d"), {})
+    # Both runs are the same: fusion changes nothing.
+    assert capsys.readouterr().out == f"fused: {metrics['wa']:.4f} of 112 utterances right\n"
+
+
+# --- evaluation ---
+
+
+def test_the_metrics_are_made_from_the_out_of_fold_answers(experiment, outcome):
+    metrics = train.evaluate(experiment, outcome)
+    dataset, split = experiment.dataset, experiment.split
+    predicted = outcome.answers.logits.argmax(1)
+    expected = stats.scores(stats.confusion_matrix(dataset.label, predicted, 8))
+    assert {name: metrics[name] for name in expected} == pytest.approx(expected)
+    assert metrics["n_utterances"] == len(dataset.label)
+    assert list(metrics["speakers"]) == sorted(set(split.speaker))
+    for number, fold in enumerate(metrics["folds"]):
+        tested = split.fold == number
+        assert fold["wa"] == pytest.approx((predicted == dataset.label)[tested].mean())
+        assert fold["n"] == fold["n_test"] == tested.sum()
+
+
+def test_the_answers_for_a_fold_are_those_of_its_own_models(experiment, outcome):
+    dataset, split = experiment.dataset, experiment.split
+    for fold in range(split.folds):
+        tested = np.flatnonzero(split.fold == fold)
+        logits, _ = outcome.ensembles[fold].forward(dataset.features(tested))
+        np.testing.assert_allclose(outcome.answers.logits[tested], logits.mean(0), atol=1e-5)
+        assert set(outcome.answers.temperature[tested]) == {outcome.choices[fold]["temperature"]}
+
+
+def test_the_uncalibrated_error_is_that_of_the_logits_before_temperature_scaling(experiment, outcome):
+    dataset = experiment.dataset
+    logits = np.random.default_rng(0).normal(size=outcome.answers.logits.shape)
+    answers = outcome.answers._replace(logits=logits, temperature=np.full(len(logits), 2.0))
+    metrics = train.evaluate(experiment, outcome._replace(answers=answers))
+    before = stats.probabilities(2 * logits)
+    assert metrics["ece_uncalibrated"] == stats.expected_calibration_error(before, dataset.label)
+    assert metrics["ece"] == stats.expected_calibration_error(stats.probabilities(logits), dataset.label)
+    assert metrics["ece"] != metrics["ece_uncalibrated"]
+
+
+def test_the_intervals_follow_from_the_seed_of_the_run(experiment, outcome):
+    first, again, other = (
+        train.evaluate(experiment._replace(config=dataclasses.replace(SMALL, seed=seed)), outcome) for seed in (3, 3, 4)
+    )
+    assert first["ua_ci95"] == again["ua_ci95"] != other["ua_ci95"]
+
+
+def test_speakers_are_not_scored_where_the_split_is_not_by_speaker(experiment, outcome):
+    mixed = experiment._replace(split=experiment.split._replace(independent=False))
+    metrics = train.evaluate(mixed, outcome)
+    assert not metrics["speaker_independent"]
+    assert metrics["speakers"] == {}
+
+
+def test_statistics_supplied_by_the_user_are_noted(experiment, outcome):
+    own = experiment._replace(stored=experiment.stored._replace(user_supplied=True))
+    metrics = train.evaluate(own, outcome)
+    assert metrics["statistics"] == "supplied by the user"
+    assert any("your statistics apply to every fold" in note for note in metrics["notes"])
+    assert not any("your statistics" in note for note in train.evaluate(experiment, outcome)["notes"])
+
+
+def test_a_fold_report_has_the_speakers_of_every_seed_and_what_was_chosen(experiment, outcome):
+    split = experiment.split
+    known = outcome._replace(best_epoch=np.repeat([3, 1, 2, 0], 2), skipped=np.arange(8))
+    reports = [train.fold_report(split, fold, known) for fold in range(3)]
+    assert [report["fold"] for report in reports] == [1, 2, 3]
+    assert [report["epochs"] for report in reports] == [4, 2, 3]
+    assert [report["skipped_steps"] for report in reports] == [0 + 1, 2 + 3, 4 + 5]
+    for fold, report in enumerate(reports):
+        assert report["test"] == split.speakers(split.fold == fold)
+        assert report["chosen"] == outcome.choices[fold]
+        assert len(report["rotation"]) == 2
+        assert report["rotation"][0] == {side: report[side] for side in ("train", "validation")}
+        first, second = (set(sides["validation"]) for sides in report["rotation"])
+        assert not first & second
+
+
+def dataset_with_genders():
+    """Six utterances, labels h h s | h s s, of which four have a gender."""
+    dataset = bare_dataset(["ravdess:01"] * 3 + ["cremad:1001"] * 3, [0, 0, 1, 0, 1, 1])
+    genders = ["male", "male", "male", "female", None, None]
+    utterances = [dataclasses.replace(u, gender=gender) for u, gender in zip(dataset.utterances, genders)]
+    return dataset._replace(classes=("happy", "sad"), utterances=utterances)
+
+
+def test_groups_are_counted_and_scored_where_the_names_identify_them():
+    happy = np.array([0.9, 0.2, 0.3, 0.6, 0.8, 0.45])  # predictions h s s | h h s
+    groups = train.error_analysis(dataset_with_genders(), np.stack([happy, 1 - happy], 1))["groups"]
+    male, female = groups["gender"]["male"], groups["gender"]["female"]
+    assert (male["n"], male["ua"], male["wa"]) == pytest.approx((3, (1 / 2 + 1) / 2, 2 / 3))
+    assert (female["n"], female["ua"]) == (1, 1)
+    assert groups["corpus"]["ravdess"]["n"] == 6
+    assert groups["intensity"] == {}
+
+
+def test_mistakes_are_listed_by_confidence_and_then_in_order():
+    happy = np.array([0.9, 0.2, 0.3, 0.6, 0.85, 0.45])
+    mistakes = train.error_analysis(dataset_with_genders(), np.stack([happy, 1 - happy], 1))["confident_mistakes"]
+    assert [(row["file"], row["label"], row["predicted"]) for row in mistakes] == [
+        ("0004", "sad", "happy"),
+        ("0001", "happy", "sad"),
+    ]
+    assert [row["confidence"] for row in mistakes] == pytest.approx([0.85, 0.8])
+    tied = np.tile([0.2, 0.8], (6, 1))
+    mistakes = train.error_analysis(dataset_with_genders(), tied)["confident_mistakes"]
+    assert [row["file"] for row in mistakes] == ["0000", "0001", "0003"]
+
+
+def epoch_row(epoch, fold, loss, ua, **more):
+    return {"epoch": epoch, "fold": fold, "validation_loss": loss, "validation_ua": ua} | more
+
+
+def curves_of(outcome, rows, choices):
+    return train.learning_curves(outcome._replace(history=rows, choices=choices))
+
+
+def test_learning_curves_spread_over_folds_after_the_mean_of_their_seeds(outcome):
+    rows = [epoch_row(1, "1", 1.0, 0.2), epoch_row(1, "1", 3.0, 0.4), epoch_row(1, "2", 5.0, 0.7)]
+    rows += [epoch_row(1, "final", 99.0, 1.0), epoch_row(2, "2", 4.0, 0.8)]
+    first, second = curves_of(outcome, rows, [{}] * 3)
+    assert (first["epoch"], first["folds"], second["epoch"], second["folds"]) == (1, 2, 2, 1)
+    assert first["validation_loss"] == pytest.approx({"mean": 3.5, "low": 2.0, "high": 5.0})
+    assert first["validation_ua"] == pytest.approx({"mean": 0.5, "low": 0.3, "high": 0.7})
+    assert second["validation_ua"] == pytest.approx({"mean": 0.8, "low": 0.8, "high": 0.8})
+
+
+def test_the_learning_curves_of_a_sweep_are_those_of_the_chosen_settings(outcome):
+    rows = [epoch_row(1, fold, 10.0 * setting, 0.5, setting=setting) for setting in (1, 2, 3) for fold in ("1", "2")]
+    (curve,) = curves_of(outcome, rows, [{"setting": 3}, {"setting": 1}, {"setting": 2}])
+    assert curve["validation_loss"] == {"mean": 20.0, "low": 10.0, "high": 30.0}
+
+
+# --- sweep ---
+
+
+@pytest.fixture(scope="module")
+def swept(trained, tmp_path_factory):
+    """A run with three settings."""
+    run = tmp_path_factory.mktemp("swept") / "run"
+    assert train.main([str(trained / "data"), "--out", str(run), "--sweep", "3", *FAST]) == 0
+    return run
+
+
+def test_a_sweep_lists_every_setting_best_first(swept):
+    sweep = json.loads((swept / "metrics.json").read_text())["sweep"]
+    config = dataclasses.replace(train.parse_config(["D", *FAST]), sweep=3)
+    drawn = {number: setting._asdict() for number, setting in enumerate(train.draw_settings(config), 1)}
+    assert {row["setting"]: {name: row[name] for name in train.SWEEP} for row in sweep} == drawn
+    assert sum(row["folds"] for row in sweep) == 3
+    losses = [row["validation_loss"] for row in sweep]
+    assert losses == sorted(losses)
+
+
+def test_each_fold_of_a_sweep_has_its_chosen_setting(swept):
+    metrics = json.loads((swept / "metrics.json").read_text())
+    drawn = {row["setting"]: row for row in metrics["sweep"]}
+    chosen = [fold["chosen"] for fold in metrics["folds"]]
+    assert [choice["learning_rate"] for choice in chosen] == [
+        drawn[choice["setting"]]["learning_rate"] for choice in chosen
+    ]
+    for number, row in drawn.items():
+        assert row["folds"] == sum(choice["setting"] == number for choice in chosen)
+
+
+def test_the_history_of_a_sweep_has_the_setting_of_each_row(swept):
+    rows = rows_of(swept / "history.csv")
+    assert next(iter(rows[0])) == "setting"
+    first = {(row["setting"], row["fold"], row["seed"]) for row in rows if row["epoch"] == "1"}
+    assert len(first) == 3 * 4 * 2
+    assert {setting for setting, _, _ in first} == {"1", "2", "3"}
+
+
+def test_a_sweep_is_in_the_configuration_and_in_the_command(swept):
+    assert json.loads((swept / "config.json").read_text())["options"]["sweep"] == 3
+    assert "--sweep=3" in json.loads((swept / "metrics.json").read_text())["command"]
+
+
+def test_the_model_of_a_sweep_can_be_loaded(swept):
+    model = train.load_model(swept)
+    assert model.ensemble.params["Dense_0/kernel"].shape == (2, 24, 32)
+
+
+# --- refused and failed runs ---
+
+
+def test_statistics_supplied_by_the_user_are_in_the_results(tmp_path, jax_stack):
+    data = write_sample(tmp_path / "data", actors=3, dim=24)
+    np.save(data / stats.MEAN_FILE, np.zeros(24, np.float32))
+    np.save(data / stats.STD_FILE, np.full(24, 2, np.float32))
+    assert train.main([str(data), "--out", str(tmp_path / "run"), *FAST]) == 0
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert metrics["statistics"] == "supplied by the user"
+    assert any("your statistics apply to every fold" in note for note in metrics["notes"])
+    np.testing.assert_array_equal(np.load(tmp_path / "run" / stats.MEAN_FILE), np.zeros(24))
+    np.testing.assert_array_equal(np.load(tmp_path / "run" / stats.STD_FILE), np.full(24, 2))
+    with np.load(tmp_path / "run" / "model.npz") as model:
+        assert (model["scale"] == 2).all()
+
+
+def test_statistics_supplied_by_the_user_are_never_overwritten(tmp_path, jax_stack, caplog):
+    data = write_sample(tmp_path / "data", actors=2, dim=24)
+    np.save(data / stats.MEAN_FILE, np.zeros(24, np.float32))
+    np.save(data / stats.STD_FILE, np.ones(24, np.float32))
+    assert train.main([str(data), "--out", str(tmp_path / "run"), "--recompute-stats", *FAST]) == 2
+    assert "were supplied by you; move them first" in caplog.messages[-1]
+    assert (np.load(data / stats.MEAN_FILE) == 0).all()
+
+
+def test_results_are_not_mixed_with_features_or_with_those_of_other_data(trained, tmp_path, caplog):
+    before = {path.name: path.read_bytes() for path in (trained / "first").iterdir()}
+    other = write_sample(tmp_path / "other", actors=2, dim=24)
+    assert train.main([str(other), "--out", str(trained / "first"), *FAST]) == 2
+    assert "holds the results for" in caplog.messages[-1]
+    assert train.main([str(other), "--out", str(other), *FAST]) == 2
+    assert "is the folder of the features" in caplog.messages[-1]
+    assert not (other / "lock").exists()
+    assert {path.name: path.read_bytes() for path in (trained / "first").iterdir()} == before
+
+
+def test_a_refused_run_keeps_the_results_and_the_log_of_the_one_before(trained, caplog):
+    files = [path for path in (trained / "first").iterdir() if path.name != "lock"]
+    before = {path.name: path.read_bytes() for path in files}
+    assert train.main([str(trained / "data"), "--out", str(trained / "first"), "--folds", "nonsense"]) == 2
+    assert "--folds 'nonsense' is not a fold scheme" in caplog.messages[-1]
+    assert {path.name: path.read_bytes() for path in files} == before
+
+
+@pytest.mark.parametrize("content", ["nothing", "one emotion", "unknown names"])
+def test_a_folder_that_cannot_be_trained_on_exits_2_with_one_line(tmp_path, content, jax_stack, caplog):
+    data = tmp_path / "data"
+    data.mkdir()
+    if content != "nothing":
+        for actor in range(1, 13):
+            name = f"03-01-05-01-02-01-{actor:02d}" if content == "one emotion" else f"{actor}"
+            np.savez(data / f"{name}.npz", emb=np.random.default_rng(actor).normal(size=8))
+    assert train.main([str(data), "--out", str(tmp_path / "run")]) == 2
+    assert caplog.records[-1].levelname == "ERROR"
+    assert "\n" not in caplog.records[-1].message
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\nmore")]
+)
+def test_out_of_memory_is_one_line_with_advice(trained, tmp_path, error, monkeypatch, caplog):
+    def exhausted(*_):
+        raise error
+
+    monkeypatch.setattr(train, "train", exhausted)
+    assert train.main([str(trained / "data"), "--out", str(tmp_path / "run"), *FAST]) == 1
+    assert "OUT OF MEMORY" in caplog.messages[-1]
+    assert "--batch" in caplog.messages[-1]
+    assert "\n" not in caplog.messages[-1]
+
+
+def test_other_runtime_errors_are_not_taken_for_a_lack_of_memory(trained, tmp_path, monkeypatch):
+    def broken(*_):
+        raise RuntimeError("a fault of the program")
+
+    monkeypatch.setattr(train, "train", broken)
+    with pytest.raises(RuntimeError, match="a fault of the program"):
+        train.main([str(trained / "data"), "--out", str(tmp_path / "run"), *FAST])
+
+
+# --- the sample ---
+
+
+def test_the_embedded_sample_is_what_its_script_writes(tmp_path):
+    fresh = write_sample(tmp_path / "sample")
+    names = sorted(path.name for path in (ROOT / "sample").glob("*.npz"))
+    assert names == sorted(path.name for path in fresh.iterdir())
+    for name in names:
+        with np.load(fresh / name) as new, np.load(ROOT / "sample" / name) as old:
+            np.testing.assert_allclose(new["emb"], old["emb"], rtol=1e-6)

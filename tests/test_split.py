@@ -1,0 +1,513 @@
+import dataclasses
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT, SMALL, bare_dataset, computed_statistics, dataset_of, many_speakers
+from make_sample import write_sample
+
+import check_data
+import emotions
+import stats
+import train
+
+# --- options ---
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("out", ""),
+        ("predict", ""),
+        ("folds", ""),
+        ("seeds", 0),
+        ("epochs", 0),
+        ("patience", 0),
+        ("batch", 0),
+        ("width", 0),
+        ("sweep", 0),
+        ("learning_rate", 0.0),
+        ("learning_rate", -1.0),
+        ("learning_rate", float("nan")),
+        ("learning_rate", float("inf")),
+        ("clip", 0.0),
+        ("clip", float("nan")),
+        ("dropout", 1.0),
+        ("dropout", -0.1),
+        ("label_smoothing", 1.0),
+        ("mixup", float("nan")),
+        ("weight_decay", -0.1),
+        ("weight_decay", float("inf")),
+        ("pooling", "max"),
+        ("precision", "float16"),
+        ("seed", -1),
+        ("seed", 2**32),
+        ("dim", 0),
+    ],
+)
+def test_an_impossible_value_is_refused_with_the_name_of_its_option(option, value):
+    with pytest.raises(check_data.UsageError, match=f"--{option.replace('_', '-')} must be"):
+        dataclasses.replace(SMALL, **{option: value})
+
+
+@pytest.mark.parametrize(
+    "limits",
+    [
+        {"seeds": 1, "epochs": 1, "patience": 1, "batch": 1, "width": 1, "sweep": 1},
+        {"dropout": 0.0, "label_smoothing": 0.0, "mixup": 0.0, "weight_decay": 0.0, "seed": 0},
+        {"dropout": 0.99, "label_smoothing": 0.99, "mixup": 0.99, "clip": 1e9, "seed": 2**32 - 1},
+    ],
+)
+def test_values_at_the_limits_are_accepted(limits):
+    config = dataclasses.replace(SMALL, **limits)
+    assert {name: getattr(config, name) for name in limits} == limits
+
+
+def test_the_command_line_has_every_option_with_its_type():
+    config = train.parse_config(["D", "--dropout", "0.25", "--seeds", "3", "--dim", "7", "--recompute-stats"])
+    assert config == train.Config("D", dropout=0.25, seeds=3, dim=7, recompute_stats=True)
+
+
+def test_the_recorded_command_reproduces_the_options():
+    quoted = train.Config(
+        "-a 'dir'", seeds=3, merge=("calm=neutral", "fear=sad"), fresh=True, pattern="-(?P<emotion>.)"
+    )
+    for config in (quoted, train.Config("D")):
+        python, program, *arguments = shlex.split(train.command_line(config))
+        assert (python, program) == ("python", "train.py")
+        assert train.parse_config(arguments) == config
+
+
+def test_options_that_are_off_are_not_among_those_that_are_set():
+    assert train.set_options(train.Config("D")).keys().isdisjoint({"out", "merge", "fresh", "dim"})
+    config = train.Config("D", out="RUN", merge=("calm=neutral",), fresh=True, mixup=0.0)
+    expected = {"directory": "D", "out": "RUN", "merge": ("calm=neutral",), "fresh": True, "mixup": 0.0}
+    assert expected.items() <= train.set_options(config).items()
+
+
+def test_help_needs_no_jax():
+    code = "import sys; sys.modules['jax'] = None; import train; train.main(['--help'])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    for field in dataclasses.fields(train.Config)[1:]:
+        assert f"--{field.name.replace('_', '-')}" in done.stdout
+
+
+def test_the_readme_documents_every_option_with_its_default():
+    table = [line.split(" | ") for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("| `--")]
+    documented = {}
+    for names, *columns in table:
+        names = re.findall(r"`--([a-z-]+)`", names)
+        values = columns[0].split(", ") if len(columns) == 2 else [""] * len(names)
+        documented |= dict(zip(names, values, strict=True))
+    fields = {field.name.replace("_", "-"): field.default for field in dataclasses.fields(train.Config)[1:]}
+    assert documented.keys() == fields.keys()
+    for name, default in fields.items():
+        if default is None or default is False or default == ():
+            assert documented[name] in ("", "`runs/<name of DIR>`")
+        else:
+            assert type(default)(documented[name]) == default
+
+
+# --- the split ---
+
+
+def split_of(dataset, **options):
+    return train.make_split(dataset, dataclasses.replace(SMALL, **options))
+
+
+def sides(split):
+    """Masks of training, validation and test for each model."""
+    for row, (training, validation) in enumerate(zip(split.train, split.validation)):
+        yield training, validation, split.fold == row // split.seeds
+
+
+def each_emotion_once(corpus, speakers):
+    """A dataset in which every speaker has each of three emotions once."""
+    return bare_dataset(speakers * 3, np.repeat([0, 1, 2], len(speakers)).tolist(), corpus)
+
+
+CREMAD = [f"cremad:{actor}" for actor in range(1001, 1092)]
+
+
+@pytest.mark.parametrize("folds", ["2", "5", "leave-one-speaker-out", "emobox-ravdess", "luna-ravdess"])
+@pytest.mark.parametrize("seeds", [1, 2, 5, 7])
+def test_no_speaker_is_on_two_sides(folds, seeds):
+    split = split_of(many_speakers(24), folds=folds, seeds=seeds)
+    assert split.train.shape == split.validation.shape == (seeds * (split.folds + 1), 24 * 9)
+    for training, validation, tested in sides(split):
+        assert (training.astype(int) + validation + tested == 1).all()
+        parts = [set(split.speaker[part]) for part in (training, validation, tested)]
+        assert sum(map(len, parts)) == len(set.union(*parts)) == 24
+        assert parts[0]
+        assert parts[1]
+
+
+def test_every_speaker_is_tested_once_and_the_final_model_tests_nobody():
+    split = split_of(many_speakers(10))
+    assert set(split.fold) == {0, 1, 2}
+    assert split.speakers(split.fold >= 0) == sorted(
+        speaker for fold in range(3) for speaker in split.speakers(split.fold == fold)
+    )
+    for training, validation, _ in list(sides(split))[-SMALL.seeds :]:
+        assert (training | validation).all()
+
+
+def test_rows_belong_to_folds_and_repeat_for_every_setting_of_a_sweep():
+    split = split_of(many_speakers(10), seeds=4)
+    assert [list(split.members(fold)) for fold in (0, 3)] == [[0, 1, 2, 3], [12, 13, 14, 15]]
+    assert [split.fold_of(row) for row in (0, 3, 4, 15, 16, 19, 20, 31)] == [0, 0, 1, 3, 0, 0, 1, 3]
+    assert [split.fold_name(fold) for fold in range(4)] == ["1", "2", "3", "final"]
+
+
+@pytest.mark.parametrize("seeds", [5, 7])
+def test_the_seeds_of_a_fold_train_on_all_its_speakers_together(seeds):
+    split = split_of(many_speakers(12), seeds=seeds)
+    for fold in range(4):
+        members = split.members(fold)
+        assert (split.train[members].any(0) == (split.fold != fold)).all()
+        assert (split.validation[members].sum(0) == (split.fold != fold)).all()
+
+
+def test_a_single_seed_validates_on_a_fifth_of_the_speakers():
+    split = split_of(many_speakers(15), seeds=1)
+    assert [len(split.speakers(validation)) for validation in split.validation] == [2, 2, 2, 3]
+
+
+def test_where_seeds_outnumber_speakers_they_validate_on_the_same_ones_again():
+    split = split_of(many_speakers(6), seeds=5)  # four speakers remain in each fold
+    for fold in range(3):
+        validates = [split.speakers(split.validation[row]) for row in split.members(fold)]
+        assert sorted(validates[:4]) == [[speaker] for speaker in split.speakers(split.fold != fold)]
+        assert validates[4] == validates[0]
+
+
+def test_a_split_follows_from_the_seed():
+    dataset = many_speakers(12)
+    same, again, other = (split_of(dataset, seed=seed) for seed in (0, 0, 1))
+    np.testing.assert_array_equal(same.fold, again.fold)
+    np.testing.assert_array_equal(same.validation, again.validation)
+    assert (same.fold != other.fold).any()
+
+
+@pytest.mark.parametrize("broken", ["train", "validation"])
+def test_a_leaking_split_is_caught(broken):
+    split = split_of(many_speakers(6))
+    assert train.check_disjoint(split)
+    leak = getattr(split, broken).copy()
+    leak[0, np.flatnonzero(split.fold == 0)[0]] = True
+    with pytest.raises(RuntimeError, match="an utterance is on two sides"):
+        train.check_disjoint(split._replace(**{broken: leak}))
+
+
+def test_an_utterance_in_training_and_validation_is_caught():
+    split = split_of(many_speakers(6))
+    leak = split.train.copy()
+    leak[-1] |= split.validation[-1]
+    with pytest.raises(RuntimeError, match="member 7: an utterance is on two sides"):
+        train.check_disjoint(split._replace(train=leak))
+
+
+def test_a_speaker_split_between_training_and_test_is_caught():
+    split = split_of(many_speakers(6))
+    moved = split.fold.copy()
+    moved[np.flatnonzero(split.fold == 0)[0]] = 1
+    leak = split.train.copy()
+    leak[: SMALL.seeds] = (moved != 0) & ~split.validation[: SMALL.seeds]
+    with pytest.raises(RuntimeError, match="member 0: a speaker is on two sides"):
+        train.check_disjoint(split._replace(fold=moved, train=leak))
+
+
+def test_a_speaker_split_between_training_and_validation_is_caught():
+    split = split_of(many_speakers(6))
+    moved = np.flatnonzero(split.validation[3])[0]
+    training, validation = split.train.copy(), split.validation.copy()
+    training[3, moved], validation[3, moved] = True, False
+    with pytest.raises(RuntimeError, match="member 3: a speaker is on two sides"):
+        train.check_disjoint(split._replace(train=training, validation=validation))
+
+
+@pytest.mark.parametrize("empty", ["train", "validation"])
+@pytest.mark.parametrize(("row", "fold"), [(2, "2"), (7, "final")])
+def test_a_model_without_a_side_is_refused(empty, row, fold):
+    split = split_of(many_speakers(6))
+    masks = getattr(split, empty).copy()
+    masks[row] = False
+    with pytest.raises(
+        check_data.UsageError, match=rf"leaves no speaker for training or for validation \(fold {fold}\)"
+    ):
+        train.check_disjoint(split._replace(**{empty: masks}))
+
+
+def test_blocks_keep_groups_together_and_classes_balanced():
+    random = np.random.default_rng(0)
+    group = np.repeat(np.arange(30), random.integers(4, 40, 30))
+    label = random.integers(0, 4, len(group))
+    block = train.balanced_blocks(group, label, 5, seed=0)
+    assert all(len(set(block[group == number])) == 1 for number in range(30))
+    counts = np.zeros((5, 4))
+    np.add.at(counts, (block, label), 1)
+    assert (np.abs(counts / counts.mean(0) - 1) < 0.15).all()
+
+
+def test_a_rare_class_is_spread_over_the_blocks():
+    """Twenty groups of ten utterances; four of them have one utterance of a rare class."""
+    group, label = np.repeat(np.arange(20), 10), np.tile([0, 0, 0, 0, 0, 1, 1, 1, 1, 1], 20)
+    label[[0, 10, 20, 30]] = 2
+    for seed in range(5):
+        block = train.balanced_blocks(group, label, 4, seed)
+        assert sorted(block[label == 2]) == [0, 1, 2, 3]
+
+
+def test_no_block_is_empty_while_there_are_groups():
+    assert sorted(train.balanced_blocks(np.arange(5), np.arange(5), 5, seed=0)) == [0, 1, 2, 3, 4]
+    assert sorted(train.balanced_blocks(np.arange(6), np.zeros(6, int), 6, seed=0)) == [0, 1, 2, 3, 4, 5]
+
+
+def test_an_official_scheme_has_the_published_test_folds():
+    split = split_of(many_speakers(24), folds="luna-ravdess")
+    for fold, block in enumerate(emotions.SCHEMES["luna-ravdess"].test_speakers):
+        assert set(split.speaker[split.fold == fold]) == set(block)
+    assert split.notes == []
+
+
+def test_the_next_fold_validates_where_the_scheme_requires_it():
+    split = split_of(each_emotion_once("cremad", CREMAD), folds="emosuperb-cremad")
+    blocks = emotions.SCHEMES["emosuperb-cremad"].test_speakers
+    for row in range(5 * SMALL.seeds):
+        assert set(split.speaker[split.validation[row]]) == set(blocks[(row // SMALL.seeds + 1) % 5])
+    final = [split.speakers(split.validation[row]) for row in split.members(5)]
+    assert final[0] != final[1]
+
+
+def test_an_official_scheme_refuses_unknown_speakers_and_notes_missing_ones():
+    with pytest.raises(check_data.UsageError, match="does not cover speaker ravdess:25; use --folds 5"):
+        split_of(many_speakers(25), folds="emobox-ravdess")
+    notes = split_of(many_speakers(20), folds="emobox-ravdess").notes
+    assert notes == ["4 speakers of emobox-ravdess are missing: the scores are not comparable with published ones"]
+
+
+def test_an_official_scheme_with_speakers_of_one_fold_is_refused():
+    block = list(emotions.SCHEMES["emobox-ravdess"].test_speakers[1])
+    with pytest.raises(check_data.UsageError, match="gives one fold; at least two are needed"):
+        split_of(each_emotion_once("ravdess", block), folds="emobox-ravdess")
+
+
+def test_folds_of_an_official_scheme_without_speakers_are_skipped():
+    first, _, third, *_ = emotions.SCHEMES["emobox-ravdess"].test_speakers
+    split = split_of(each_emotion_once("ravdess", [*first, *third]), folds="emobox-ravdess")
+    assert (split.folds, split.speakers(split.fold == 1)) == (2, sorted(third))
+
+
+def test_leave_one_speaker_out_tests_each_speaker_alone():
+    split = split_of(many_speakers(6), folds="leave-one-speaker-out")
+    assert [split.speakers(split.fold == fold) for fold in range(6)] == [[f"ravdess:0{n}"] for n in range(1, 7)]
+
+
+@pytest.mark.parametrize("folds", ["1", "0", "-3", "five", "emobox-cremad"])
+def test_an_unknown_fold_scheme_is_refused(folds):
+    with pytest.raises(check_data.UsageError, match=f"--folds '{folds}' is not a fold scheme"):
+        split_of(many_speakers(6), folds=folds)
+
+
+def test_fewer_speakers_than_folds_are_noted():
+    split = split_of(many_speakers(3), folds="5")
+    assert (split.folds, split.notes) == (3, ["3 speakers allow only 3 folds, not 5"])
+    assert split_of(many_speakers(5), folds="5").notes == []
+
+
+def test_a_split_that_leaves_nobody_to_train_on_is_refused():
+    speakers = [f"cremad:{actor}" for actor in range(1001, 1037)]  # of two of five folds
+    with pytest.raises(check_data.UsageError, match="leaves no speaker for training"):
+        split_of(each_emotion_once("cremad", speakers), folds="emosuperb-cremad")
+    lonely = bare_dataset(["ravdess:01"] * 29 + ["ravdess:02"], [0, 1, 2] * 10)
+    with pytest.raises(check_data.UsageError, match="leaves no speaker for training"):
+        split_of(lonely)
+
+
+def test_a_class_that_is_tested_but_not_trained_on_is_noted():
+    speakers = [f"ravdess:{number:02d}" for number in range(1, 7) for _ in range(6)]
+    split = split_of(bare_dataset(speakers, [0, 1, 0, 1, 2, 2] + [0, 1] * 15))
+    fold = split.fold[0] + 1
+    assert split.notes == [f"fold {fold} tests angry without having trained on it: too few speakers have it"]
+
+
+def test_two_speakers_are_tested_separately_but_validated_together():
+    split = split_of(many_speakers(2, 30))
+    assert not train.check_disjoint(split)
+    assert (split.folds, split.independent) == (2, True)
+    assert split.notes[1:] == ["only one training speaker remains: validation uses the same speaker"]
+    for training, validation, tested in sides(split):
+        assert not (training & validation).any()
+        assert not (set(split.speaker[training]) | set(split.speaker[validation])) & set(split.speaker[tested])
+
+
+@pytest.mark.parametrize(("speaker", "found"), [(None, "no speaker"), ("ravdess:01", "only one speaker (ravdess:01)")])
+def test_names_without_two_speakers_are_never_called_independent(speaker, found):
+    dataset = bare_dataset([speaker] * 30, [0, 1, 2] * 10)
+    split = split_of(dataset)
+    assert not split.independent
+    (note,) = split.notes
+    assert note.startswith(f"the file names identify {found}: files are split at random")
+    assert note.endswith("the scores are NOT speaker-independent and are optimistic")
+    with pytest.raises(check_data.UsageError, match="needs file names that identify speakers"):
+        split_of(dataset, folds="leave-one-speaker-out")
+
+
+def test_files_of_unknown_speakers_stay_together_beside_known_speakers():
+    speakers = [f"ravdess:{number:02d}" for number in range(5) for _ in range(6)] + [None] * 6
+    split = split_of(bare_dataset(speakers, [0, 1, 2] * 12))
+    assert len(set(split.fold[-6:])) == 1
+    assert not split.independent
+    assert split.notes[0].startswith("6 files have no known speaker")
+    assert "NOT speaker-independent" in split.notes[0]
+
+
+def logged(function, *arguments, caplog):
+    caplog.clear()
+    with caplog.at_level("INFO", logger="train"):
+        result = function(*arguments)
+    return result, [record.getMessage() for record in caplog.records]
+
+
+def test_the_log_names_the_test_speakers_of_each_fold(caplog):
+    split = split_of(many_speakers(24))
+    _, lines = logged(train.log_split, split, caplog=caplog)
+    assert lines[0] == "split: 3-fold; training 3 folds and the final model with 2 seeds each (8 models)"
+    for fold in range(3):
+        tested = split.speakers(split.fold == fold)
+        assert lines[fold + 1] == f"  fold {fold + 1} tests {' '.join(tested[:6])} ... (8)"
+    assert lines[4:] == ["  checked: no speaker is in more than one of training, validation and test"]
+
+
+def test_the_log_shows_six_speakers_of_a_fold_and_counts_the_others(caplog):
+    split = split_of(many_speakers(20))
+    _, lines = logged(train.log_split, split, caplog=caplog)
+    counts = [len(split.speakers(split.fold == fold)) for fold in range(3)]
+    assert sorted(counts) == [6, 7, 7]
+    for count, line in zip(counts, lines[1:]):
+        assert line.count("ravdess:") == 6
+        assert line.endswith(" ... (7)") == (count == 7)
+
+
+def test_the_log_claims_no_check_where_a_speaker_is_shared(caplog):
+    for dataset in (many_speakers(2, 30), bare_dataset([None] * 30, [0, 1, 2] * 10)):
+        split = split_of(dataset)
+        _, lines = logged(train.log_split, split, caplog=caplog)
+        assert not any("checked" in line for line in lines)
+        assert [line for line in lines if line.startswith("note: ")] == [f"note: {note}" for note in split.notes]
+
+
+# --- normalisation and class weights ---
+
+
+def scan_of(folder):
+    return check_data.scan(check_data.ScanOptions(str(folder)), keep_features=True)
+
+
+def test_the_statistics_of_a_fold_are_those_of_its_training_speakers(sample):
+    dataset = dataset_of(sample)
+    split, stored = train.make_split(dataset, SMALL), computed_statistics(dataset)
+    mean, scale = train.member_statistics(dataset, split, stored)
+    assert mean.shape == scale.shape == (8, 24)
+    for row in range(split.folds * SMALL.seeds):
+        expected = stats.Moments.of(dataset.x[split.train[row]]).statistics()
+        np.testing.assert_allclose(mean[row], expected.mean, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(scale[row], expected.scale(), rtol=1e-5)
+    for row in split.members(split.folds):
+        np.testing.assert_array_equal(mean[row], stored.statistics.mean)
+        np.testing.assert_array_equal(scale[row], stored.statistics.scale())
+
+
+def test_the_statistics_of_sequences_weigh_every_frame_equally(tmp_path):
+    folder = write_sample(tmp_path / "data", actors=3, dim=6, frames=True)
+    frames = scan_of(folder).features
+    dataset = dataset_of(folder)
+    everything = np.concatenate(frames).astype(np.float64)
+    np.testing.assert_allclose(computed_statistics(dataset).statistics.mean, everything.mean(0), atol=1e-5)
+    np.testing.assert_allclose(computed_statistics(dataset).statistics.std, everything.std(0), rtol=1e-5)
+    split = train.make_split(dataset, SMALL)
+    mean, scale = train.member_statistics(dataset, split, computed_statistics(dataset))
+    for row in (0, 3):
+        trained_on = np.concatenate([frames[n] for n in np.flatnonzero(split.train[row])]).astype(np.float64)
+        np.testing.assert_allclose(mean[row], trained_on.mean(0), atol=1e-5)
+        np.testing.assert_allclose(scale[row], trained_on.std(0), rtol=1e-5)
+
+
+def test_statistics_supplied_by_the_user_apply_to_every_model(sample):
+    dataset = dataset_of(sample)
+    supplied = stats.Statistics(np.full(24, 3, np.float32), np.full(24, 2, np.float32))
+    mean, scale = train.member_statistics(
+        dataset, train.make_split(dataset, SMALL), stats.Stored(supplied, user_supplied=True, fingerprint=None)
+    )
+    assert mean.shape == scale.shape == (8, 24)
+    assert (mean == 3).all()
+    assert (scale == 2).all()
+
+
+def choose(folder, caplog, run="RUN", **options):
+    """The chosen statistics, the folder to save them in, and what was logged."""
+    scan = scan_of(folder)
+    dataset, config = train.pack(scan), dataclasses.replace(SMALL, **options)
+    (stored, save_to), lines = logged(train.choose_statistics, scan, dataset, run, config, caplog=caplog)
+    return stored, save_to, lines
+
+
+def test_new_statistics_are_over_all_data_and_saved_beside_them(sample, caplog):
+    stored, save_to, (line,) = choose(sample, caplog)
+    np.testing.assert_array_equal(stored.statistics.mean, computed_statistics(dataset_of(sample)).statistics.mean)
+    assert (stored.user_supplied, stored.fingerprint) == (False, scan_of(sample).fingerprint)
+    assert save_to == sample
+    assert str(sample / stats.MEAN_FILE) in line
+
+
+def test_new_statistics_for_a_read_only_folder_are_saved_with_the_results(sample, caplog, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != sample)  # root can write everywhere
+    _, save_to, (line,) = choose(sample, caplog, tmp_path / "run")
+    assert save_to == tmp_path / "run"
+    assert line.endswith(f"final model from {tmp_path / 'run' / stats.MEAN_FILE}")
+
+
+def test_statistics_of_these_files_are_used_unless_a_new_computation_is_requested(sample, caplog):
+    saved = stats.Statistics(np.full(24, 3, np.float32), np.full(24, 2, np.float32))
+    stats.save(sample, saved, scan_of(sample).fingerprint)
+    stored, save_to, (line,) = choose(sample, caplog)
+    assert save_to is None
+    np.testing.assert_array_equal(stored.statistics.mean, saved.mean)
+    assert line.endswith(f"each fold from its training speakers; final model from {sample / stats.MEAN_FILE}")
+    stored, save_to, _ = choose(sample, caplog, recompute_stats=True)
+    assert save_to == sample
+    np.testing.assert_array_equal(stored.statistics.mean, computed_statistics(dataset_of(sample)).statistics.mean)
+
+
+def test_statistics_of_other_files_are_neither_used_nor_replaced(sample, caplog):
+    stats.save(sample, stats.Statistics(np.full(24, 3, np.float32), np.full(24, 2, np.float32)), "other files")
+    stored, save_to, lines = choose(sample, caplog)
+    np.testing.assert_array_equal(stored.statistics.mean, computed_statistics(dataset_of(sample)).statistics.mean)
+    assert save_to is None
+    assert lines[0].endswith(f"final model from all data, NOT from {sample / stats.MEAN_FILE}")
+    assert choose(sample, caplog, recompute_stats=True)[1] == sample
+
+
+def test_statistics_supplied_by_the_user_are_used_and_never_recomputed(sample, caplog):
+    np.save(sample / stats.MEAN_FILE, np.full(24, 3, np.float32))
+    np.save(sample / stats.STD_FILE, np.full(24, 2, np.float32))
+    stored, save_to, lines = choose(sample, caplog)
+    assert stored.user_supplied
+    assert save_to is None
+    assert (stored.statistics.mean == 3).all()
+    assert lines == [f"normalisation: every model from {sample / stats.MEAN_FILE}, supplied by you"]
+    with pytest.raises(check_data.UsageError, match="were supplied by you; move them first"):
+        choose(sample, caplog, recompute_stats=True)
+
+
+def test_class_weights_give_all_classes_equal_influence():
+    label = np.array([0, 0, 0, 1, 2])
+    weight = train.class_weights(label, np.array([[True] * 5, [True, True, False, True, False]]), 3)
+    np.testing.assert_allclose(weight[0], [5 / 9, 5 / 3, 5 / 3])
+    np.testing.assert_allclose(weight[1], [3 / 4, 3 / 2, 0])
