@@ -405,7 +405,11 @@ def read_arrays(path: str | Path, limit: int = 1 << 34, kinds: str = "f") -> dic
     DataError
         For any problem with the file.
     """
-    blob = stats.read_bytes(path, limit)
+    return parse_arrays(stats.read_bytes(path, limit), limit, kinds)
+
+
+def parse_arrays(blob: bytes, limit: int = 1 << 34, kinds: str = "f") -> dict[str, np.ndarray]:
+    """As `read_arrays`, from the bytes of the file; no array may be inflated to more than `limit` bytes."""
     entries = _read_directory(blob)
     return {entry.name: stats.npy_array(_extract(blob, entry, limit), kinds) for entry in entries}
 

@@ -79,10 +79,10 @@ SAVE_RATE = 2e8  # bytes a second, assumed until the first checkpoint has been t
 SHARED_KEY = 2**32 - 1  # branch of the random numbers that all members share
 FORWARD_BATCH = 256  # utterances in a product outside training, pooled one by one before
 MIN_VARIANCE = 1e-6  # of a pooled frame sequence, after normalisation: the root of 0 has no gradient
-ARTIFACT_VERSION = 4  # of config.json and model.npz
 MEASURES = ("loss", "gradient_norm", "validation_loss", "validation_ua")  # of an epoch of a member
 HISTORY = dict.fromkeys(MEASURES, np.float32) | {"active": np.bool_, "skipped": np.int32}
-TRAINING_VERSION = 4  # counts changes after which old checkpoints would continue differently: they are refused
+ARTIFACT_VERSION = 4  # of config.json and model.npz
+TRAINING_VERSION = 4  # raised when old checkpoints would continue differently, so that they are refused
 MAX_TABLE_ROWS = 10  # in the report; metrics.json has all of them
 
 
@@ -750,7 +750,7 @@ def attentive_statistics(frames, real, member: Member, query):
     with a linear score; a query of zeros weighs all frames equally. `real`, (B, T), is False for padding; an utterance
     of padding only stays finite.
     """
-    # Frames are never normalised one by one: the step is bound by their memory traffic. Their statistics are, below.
+    # Only the results are normalised, not the frames: the step is bound by the memory traffic of frames.
     score = frames @ (query / member.scale)  # (B, T)
     peak = jnp.where(real, score, -jnp.inf).max(1, keepdims=True)
     # A softmax does not depend on its shift, and so has no gradient through it.
@@ -943,8 +943,8 @@ def member_epoch(static: StaticConfig, data: DeviceData, clock, member: Member, 
     read = jnp.take_along_axis(table, order, 1).T  # (steps, B)
     own = jnp.take_along_axis(member.train, order, 1).T
 
-    def step(state, numbered):
-        number, read, own = numbered
+    def step(state, column):
+        number, read, own = column
         label = data.label[own]
         # An index of -1 gathers the last utterance; its weight of 0 keeps it out of every sum.
         weight = jnp.where(own >= 0, member.class_weight[label], 0)
@@ -1035,8 +1035,8 @@ def population_epochs(static: StaticConfig, data: DeviceData, members: Member, c
         return jax.vmap(partial(train_member, data, clock))(members, state)
 
     everywhere, divided = jax.sharding.PartitionSpec(), jax.sharding.PartitionSpec("population")
-    # Nothing is exchanged between devices in here, so that there is no collective to check.
     specs = everywhere, everywhere, divided, divided
+    # Nothing is exchanged between devices in here, so that there is no collective to check.
     train_all = jax.shard_map(train_share, mesh=static.mesh, in_specs=specs, out_specs=divided, check_vma=False)
 
     def one_epoch(state, epoch):
@@ -1134,7 +1134,7 @@ def own_tables(masks, dataset: Dataset, batch: int):
 
 
 def length_groups(batches, dataset: Dataset):
-    """Cut the rows of a table, (B, steps), into at most MAX_LENGTH_GROUPS groups: (rows, frames for which is room).
+    """Cut the rows of a table, (B, steps), into at most MAX_LENGTH_GROUPS groups: (rows, maximum frames).
 
     Rows hold utterances of about the same length, so that only the last rows of a batch need room for the longest. The
     groups are those with the least padding, by dynamic programming over the row at which each group ends.
@@ -1345,14 +1345,15 @@ class Ensemble(NamedTuple):
         """Normalise means over frames, (D,), (N, D) with one seed, or (S, D)."""
         return (x - self.mean) / self.scale
 
-    def pool(self, frames):
-        """The inputs of the hidden layers, (S, D) or (S, 2 D), for the frames of one utterance, (T, D).
+    def inputs(self, frames):
+        """Inputs of the linear part, (S, D), and of the hidden layers, (S, D) or (S, 2 D), for one utterance (T, D).
 
-        The same numbers as those of `attentive_statistics` in training.
+        The latter are the same numbers as those of `pool` in training.
         """
+        linear = self.normalise(frames.mean(0))
         query = self.params.get("query")
         if query is None:
-            return self.normalise(frames.mean(0))
+            return linear, linear
         centred = frames - self.mean[0]  # so that the variance below loses no digits to a large mean
         # The softmax ignores the shift by the mean, so that the frames need not be normalised.
         weight = stats.probabilities(query / self.scale @ centred.T)  # (S, T)
@@ -1360,19 +1361,19 @@ class Ensemble(NamedTuple):
         variance = weight @ np.square(centred) - np.square(mean)
         floor = MIN_VARIANCE * np.square(self.scale)
         deviation = np.sqrt(np.maximum(variance, floor))
-        return np.concatenate([self.normalise(mean + self.mean[0]), deviation / self.scale], 1)
+        return linear, np.concatenate([self.normalise(mean + self.mean[0]), deviation / self.scale], 1)
 
     def forward(self, features):
         """Logits (S, N, C) and hidden layers (S, N, W) of utterances, (T, D) each, FORWARD_BATCH at a time."""
         seeds, width, classes = self.params["Dense_1/kernel"].shape
         logits, hidden = [np.zeros((seeds, 0, classes), np.float32)], [np.zeros((seeds, 0, width), np.float32)]
-        inputs = ((self.normalise(frames.mean(0)), self.pool(frames)) for frames in features)
+        inputs = map(self.inputs, features)
         while batch := list(itertools.islice(inputs, FORWARD_BATCH)):
-            mean, pooled = (np.stack(each, 1) for each in zip(*batch))
+            linear, pooled = (np.stack(each, 1) for each in zip(*batch))
             hidden.append(np.maximum(self._dense("Dense_0", pooled), 0))
             logits.append(self._dense("Dense_1", hidden[-1]))
             if "linear/kernel" in self.params:
-                logits[-1] = logits[-1] + self._dense("linear", mean)
+                logits[-1] = logits[-1] + self._dense("linear", linear)
         return np.concatenate(logits, 1), np.concatenate(hidden, 1)
 
     def _dense(self, layer: str, x):
@@ -1639,7 +1640,7 @@ def save_run(run: "RunFolder", scan: check_data.Scan, experiment: Experiment, tr
     """
     _, dataset, split, stored = experiment
     model = model_bytes(trained.ensembles[-1])
-    # A kill between two renames, or a hand that mixes runs, leaves files that do not belong together.
+    # After a kill between two renames, or if files of two runs are mixed, they do not belong together.
     config = describe_model(scan, experiment, trained) | {"model": hashlib.sha256(model).hexdigest()}
     classes, utterances, final = dataset.classes, dataset.utterances, trained.ensembles[-1]
     predictions = []
@@ -2192,7 +2193,7 @@ def read_checkpoint(path: Path):
 
 
 def fit_rows(name: str, form, arrays):
-    """Saved rows in the form of an array of this run, which may have other rows that only fill up its devices."""
+    """Saved rows in the form of an array of this run, which may have another number of padding members."""
     saved = arrays.get(name, np.zeros(0))
     if saved.dtype != form.dtype or saved.shape[1:] != form.shape[1:]:
         found = f"{name} is {saved.dtype} {saved.shape} instead of {form.dtype} {form.shape}"
@@ -2202,7 +2203,7 @@ def fit_rows(name: str, form, arrays):
 
 
 def environment():
-    """What two runs on one machine share, and what decides the last digits."""
+    """Versions and devices: if they differ, the last digits of the results may too."""
     return package_versions() | {"device": jax.devices()[0].device_kind, "devices": jax.device_count()}
 
 
@@ -2306,14 +2307,14 @@ def load_model(run: Path) -> Model:
     name = printable(str(run))
     try:
         model = read_description(run / "config.json")
-        arrays = check_data.read_arrays(run / "model.npz")
-        digest = hashlib.sha256(stats.read_bytes(run / "model.npz")).hexdigest()
+        blob = stats.read_bytes(run / "model.npz")
+        arrays = check_data.parse_arrays(blob)
     except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
         raise UsageError(f"{name} holds no finished model: {printable(str(error))}") from None
     except (RecursionError, UsageError):
         raise UsageError(f"{name} holds no finished model: its config.json is damaged") from None
     shapes = {path: array.shape for path, array in arrays.items()}
-    if digest != model.digest or shapes != expected_shapes(model, arrays):
+    if hashlib.sha256(blob).hexdigest() != model.digest or shapes != expected_shapes(model, arrays):
         raise UsageError(f"{name}: config.json and model.npz do not belong together")
     if not all(np.isfinite(array).all() for array in arrays.values()) or arrays["scale"].min() <= 0:
         raise UsageError(f"{name}: the model holds NaN or Inf, or a scale that is not above 0")

@@ -758,7 +758,7 @@ def test_a_sequence_of_one_frame_has_the_smallest_deviation(sequence_population)
     _, params, ensemble = first_models(sequence_population, [0, 5])
     (frame,) = (features[:1] for features in sequence_population.dataset.features([3]))
     mean, scale = statistics_of(sequence_population)
-    for pooled, row in zip(ensemble.pool(frame), (0, 5), strict=True):
+    for pooled, row in zip(ensemble.inputs(frame)[1], (0, 5), strict=True):
         expected = sequence_inputs(params["query"][row], mean[row], scale[row], [frame])[0]
         np.testing.assert_allclose(expected[12:], np.sqrt(train.MIN_VARIANCE))
         np.testing.assert_allclose(pooled, expected, rtol=1e-4, atol=1e-5)
