@@ -82,7 +82,7 @@ MIN_VARIANCE = 1e-6  # of a pooled frame sequence, after normalisation: the root
 MEASURES = ("loss", "gradient_norm", "validation_loss", "validation_ua")  # of an epoch of a member
 HISTORY = dict.fromkeys(MEASURES, np.float32) | {"active": np.bool_, "skipped": np.int32}
 ARTIFACT_VERSION = 4  # of config.json and model.npz
-TRAINING_VERSION = 4  # raised when old checkpoints would continue differently, so that they are refused
+TRAINING_VERSION = 5  # raised when old checkpoints would continue differently, so that they are refused
 MAX_TABLE_ROWS = 10  # in the report; metrics.json has all of them
 
 
@@ -709,8 +709,7 @@ class State(NamedTuple):
     best_epoch: Array  # ()
     active: Array  # () bool: still training
     skipped: Array  # () steps that were not finite and changed nothing
-    bad_steps: Array  # () the current run of such steps
-    most_bad_steps: Array  # () the longest such run
+    bad_steps: Array  # () the current run of such steps; never reset once it is MAX_BAD_STEPS
 
 
 class StaticConfig(NamedTuple):
@@ -853,7 +852,6 @@ def initial_state(static: StaticConfig, members: Member) -> State:
         active=members.group >= 0,
         skipped=count,
         bad_steps=count,
-        most_bad_steps=count,
     )
 
 
@@ -913,14 +911,14 @@ def member_step(static: StaticConfig, member: Member, state: State, batch, clock
 
     # Where members run one by one, only one branch runs: an update to be discarded would cost a tenth of the step.
     params, optimizer_state = lax.cond(working & finite, update, keep, state.params, state.optimizer)
-    bad_steps = jnp.where(finite, 0, state.bad_steps + 1)
-    bad_steps = jnp.where(working, bad_steps, state.bad_steps)
+    # The host looks only between calls, so that a run of bad steps that ends the training must not be forgotten.
+    recovered = finite & (state.bad_steps < MAX_BAD_STEPS)
+    bad_steps = jnp.where(recovered, 0, state.bad_steps + ~finite)
     state = state._replace(
         params=params,
         optimizer=optimizer_state,
         skipped=state.skipped + (working & ~finite),
-        bad_steps=bad_steps,
-        most_bad_steps=jnp.maximum(state.most_bad_steps, bad_steps),
+        bad_steps=jnp.where(working, bad_steps, state.bad_steps),
     )
     return state, jnp.where(working, jnp.stack([1.0, loss, norm]), 0)
 
@@ -1048,16 +1046,8 @@ def population_epochs(static: StaticConfig, data: DeviceData, members: Member, c
     return lax.scan(one_epoch, state, first + jnp.arange(EPOCHS_PER_CALL))
 
 
-class Setup(NamedTuple):
-    """A run in the form that the program takes."""
-
-    static: StaticConfig
-    data: DeviceData
-    members: Member  # on the host; the last ones may be padding, see stack_members
-
-
-def set_up(experiment: "Experiment") -> Setup:
-    """Lay out the population, and put the data on the devices."""
+def set_up(experiment: "Experiment") -> tuple[StaticConfig, DeviceData, Member]:
+    """Lay out the population, and put the data on the devices; the members stay on the host."""
     config, dataset, split, stored = experiment
     settings, classes = draw_settings(config), len(dataset.classes)
     mesh = population_mesh(len(settings) * len(split.train))
@@ -1089,7 +1079,7 @@ def set_up(experiment: "Experiment") -> Setup:
     )
     rows = [*tables, mean, scale, class_weights(dataset.label, split.train, classes)]
     data = to_devices(mesh, device_data(dataset, batches))
-    return Setup(static, data, stack_members(split, rows, settings, mesh.size))
+    return static, data, stack_members(split, rows, settings, mesh.size)
 
 
 def stack_members(split: Split, rows, settings, devices: int) -> Member:
@@ -1159,12 +1149,6 @@ def length_groups(batches, dataset: Dataset):
     return tuple((rows, frames) for frames, rows in reversed(groups.items()))
 
 
-def padding_share(dataset: Dataset, static: StaticConfig) -> float:
-    """Share of the frames computed in an epoch that are padding."""
-    computed = static.steps * sum(rows * longest for rows, longest in static.groups)
-    return 1 - float(dataset.length.sum()) / computed
-
-
 def device_data(dataset: Dataset, batches) -> DeviceData:
     frames = dataset.frames
     if frames is None:
@@ -1186,9 +1170,10 @@ class Progress(NamedTuple):
     history: dict[str, np.ndarray]  # measures by name, (epochs so far, P)
 
 
-def train_population(setup: Setup, split: Split, run: "RunFolder") -> Progress:
+def train_population(
+    static: StaticConfig, data: DeviceData, members: Member, split: Split, run: "RunFolder"
+) -> Progress:
     """Train the whole population, from its last checkpoint if `run` has one, until all members have stopped."""
-    static, data, members = setup
     epochs = static.config.epochs
     program = jax.jit(partial(population_epochs, static))
     progress = run.resume(Progress(0, initial_state(static, members), {}))
@@ -1198,7 +1183,7 @@ def train_population(setup: Setup, split: Split, run: "RunFolder") -> Progress:
     while active.any():
         clock = np.uint32(static.config.seed), np.int32(progress.epoch)  # a Python int of 2^31 or more is no int32
         state, measures = program(data, members, clock, state)
-        measures, bad_steps, active = to_host((measures, state.most_bad_steps, state.active))
+        measures, bad_steps, active = to_host((measures, state.bad_steps, state.active))
         raise_if_diverged(bad_steps, progress.epoch, split)
         history = measures
         if progress.history:
@@ -1251,20 +1236,16 @@ def history_rows(history, split: Split):
 # next is due; all of them take part in gathering it.
 
 
-def process_index() -> int:
-    """Number of this process in a run on several hosts, known before jax is imported."""
+def is_primary() -> bool:
+    """Whether this is the first process of a run, alone or on several hosts; known before jax is imported."""
     for size, number in (
         ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID"),
         ("SLURM_NTASKS", "SLURM_PROCID"),
         ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
     ):
         if os.environ.get(size, "1") != "1" and os.environ.get(number, "").isdecimal():
-            return int(os.environ[number])
-    return 0
-
-
-def is_primary() -> bool:
-    return process_index() == 0
+            return int(os.environ[number]) == 0
+    return True
 
 
 def join_hosts() -> None:
@@ -1308,8 +1289,6 @@ def to_host(tree):
     """Arrays from all devices and hosts, as numpy."""
     if all(getattr(leaf, "is_fully_addressable", True) for leaf in jax.tree.leaves(tree)):
         return jax.device_get(tree)
-    from jax.experimental import multihost_utils
-
     return multihost_utils.process_allgather(tree, tiled=True)
 
 
@@ -1317,8 +1296,6 @@ def from_primary(tree):
     """The arrays of the first process, on every process."""
     if jax.process_count() == 1:
         return tree
-    from jax.experimental import multihost_utils
-
     return tree_map(np.asarray, multihost_utils.broadcast_one_to_all(tree))
 
 
@@ -1381,16 +1358,14 @@ class Ensemble(NamedTuple):
         return x @ self.params[f"{layer}/kernel"] + bias[:, None]
 
 
-def hidden_layers(setup: Setup, dataset: Dataset, best, rows) -> Ensemble:
+def hidden_layers(members: Member, best, rows, centre) -> Ensemble:
     """The trained networks in these rows of the population; hidden units that are not in use become 0."""
-    members = setup.members
     params = {name: leaf[rows] for name, leaf in named_leaves(best).items()}
     unit = np.arange(params["Dense_0/bias"].shape[1])
     used = unit < members.hyper.width[rows][:, None]  # (S, W)
     # Their activation is then relu(0) = 0, and Dense_1 needs no mask.
     params["Dense_0/kernel"] = params["Dense_0/kernel"] * used[:, None]
     params["Dense_0/bias"] = params["Dense_0/bias"] * used
-    centre = 0 if dataset.frames is None else dataset.frames.centre
     return Ensemble(members.mean[rows] + centre, members.scale[rows], params)
 
 
@@ -1484,18 +1459,17 @@ def train(experiment: Experiment, run: "RunFolder | None" = None) -> Trained:
     not finite five times in a row, or if its outputs are not.
     """
     config, dataset, split, _ = experiment
-    setup = set_up(experiment)
-    if setup.static.groups:
-        log.info(f"sequences: {padding_share(dataset, setup.static):.1%} of the computed frames are padding")
-    progress = train_population(setup, split, run or RunFolder(None))
+    static, data, members = set_up(experiment)
+    progress = train_population(static, data, members, split, run or RunFolder(None))
     state = to_host(progress.state._replace(params=None, optimizer=None))
     settings = draw_settings(config)
     chosen, sweep = choose_settings(state.best_loss, split, settings)
     # The rows of the population that are kept: those of the chosen setting of each fold.
     rows = np.repeat(chosen, split.seeds) * len(split.train) + np.arange(len(split.train))
+    centre = 0 if dataset.frames is None else dataset.frames.centre
 
     def finish(fold):
-        return finish_fold(dataset, split, fold, hidden_layers(setup, dataset, state.best, rows[split.members(fold)]))
+        return finish_fold(dataset, split, fold, hidden_layers(members, state.best, rows[split.members(fold)], centre))
 
     workers = min(available_cores(), 8)  # each holds a copy of its fold
     with concurrent.futures.ThreadPoolExecutor(workers) as executor:
@@ -2469,7 +2443,7 @@ def start_jax() -> str:
     The import takes seconds. It is here and not at the top so that `--help` and every fault of the command line answer
     at once, and so that the platform can be chosen before it.
     """
-    global jax, jnp, lax, nn, optax, tree_map
+    global jax, jnp, lax, multihost_utils, nn, optax, tree_map
     plugins = ("jax_plugins.xla_cuda12", "jax_plugins.xla_cuda13") if importlib.util.find_spec("jax_plugins") else ()
     has_cuda = any(map(importlib.util.find_spec, plugins))
     platforms, reason = choose_platform(*probe_gpu(), has_cuda, os.environ.get("JAX_PLATFORMS", ""))
@@ -2480,6 +2454,7 @@ def start_jax() -> str:
     import jax.numpy as jnp
     import optax
     from jax import lax
+    from jax.experimental import multihost_utils
     from jax.tree import map as tree_map
 
     if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):

@@ -240,8 +240,7 @@ def problem(utterances: int, batch: int, epochs: int) -> Problem:
 
 def prepare_ours(given: Problem) -> tuple[str, Callable[[], Any]]:
     def run() -> None:
-        setup = train.set_up(given.experiment)
-        train.train_population(setup, given.experiment.split, train.RunFolder(None))
+        train.train_population(*train.set_up(given.experiment), given.experiment.split, train.RunFolder(None))
 
     return train.start_jax(), run
 

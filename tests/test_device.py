@@ -54,9 +54,8 @@ def environment(monkeypatch):
         ({"SLURM_NTASKS": "1", "SLURM_PROCID": "0", "OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "2"}, 2),
     ],
 )
-def test_the_environment_has_the_number_of_the_process(environment, variables, index):
+def test_the_environment_determines_whether_this_is_the_first_process(environment, variables, index):
     environment(variables)
-    assert train.process_index() == index
     assert train.is_primary() == (index == 0)
 
 

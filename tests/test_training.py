@@ -92,12 +92,22 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(population, fa
     population.assert_equal(state.params, first.params)
     population.assert_equal(state.optimizer, first.optimizer)
     state, _ = step(member, state, bad, clock)
-    assert (state.skipped, state.bad_steps, state.most_bad_steps) == (2, 2, 2)
+    assert (state.skipped, state.bad_steps) == (2, 2)
     state, _ = step(member, state, batch, clock)
-    assert (state.skipped, state.bad_steps, state.most_bad_steps) == (2, 0, 2)
+    assert (state.skipped, state.bad_steps) == (2, 0)
     assert (state.params["Dense_1"]["kernel"] != first.params["Dense_1"]["kernel"]).all()
     state, _ = step(member, state, bad, clock)
-    assert (state.skipped, state.bad_steps, state.most_bad_steps) == (3, 1, 2)
+    assert (state.skipped, state.bad_steps) == (3, 1)
+
+
+def test_a_run_of_bad_steps_that_ends_training_is_not_forgotten(population):
+    """The host looks only between calls of the program, when later steps may have been good again."""
+    step, batch = step_of(population)
+    member, first, _ = spoiled(population, batch, "NaN")
+    state, _ = step(member, first._replace(bad_steps=np.int32(train.MAX_BAD_STEPS - 1)), batch, (population.key, 0.0))
+    assert state.bad_steps == 0
+    state, _ = step(member, first._replace(bad_steps=np.int32(train.MAX_BAD_STEPS)), batch, (population.key, 0.0))
+    assert state.bad_steps == train.MAX_BAD_STEPS
 
 
 @pytest.mark.parametrize("idle", ["stopped", "padding"])
@@ -111,7 +121,7 @@ def test_a_member_that_has_stopped_or_has_only_padding_does_not_work(population,
         state = state._replace(active=np.bool_(False))
     else:
         batch = (*batch[:2], np.zeros_like(batch[2]))
-    state = state._replace(bad_steps=np.int32(3), most_bad_steps=np.int32(4))
+    state = state._replace(bad_steps=np.int32(3))
     after, measured = step(member, state, batch, (population.key, 0.0))
     population.assert_equal(after, state)
     np.testing.assert_array_equal(measured, np.zeros(3))
@@ -336,7 +346,7 @@ def keep_best(population, losses, config=SMALL, group=(0, 0, 1, -1)):
     jnp = population.jax.numpy
     zeros, group = np.zeros(len(group)), np.array(group)
     start = {"kernel": zeros - 1.0}
-    state = train.State(start, None, start, zeros + np.inf, zeros.astype(int), group >= 0, None, None, None)
+    state = train.State(start, None, start, zeros + np.inf, zeros.astype(int), group >= 0, None, None)
     static, states = population.static._replace(config=config), []
     for epoch, loss in enumerate(losses):
         state = state._replace(params={"kernel": jnp.full(len(group), float(epoch))})
@@ -422,7 +432,7 @@ def test_a_poisoned_member_keeps_its_parameters_and_harms_no_other(population, o
         population.assert_equal(population.of(after.optimizer, kept), population.of(first.optimizer, kept))
     others = [0, 1, 4, 5]  # 3 and 6 are the other seeds of those groups
     population.assert_equal(population.of(after.params, others), population.of(outcome[1].params, others))
-    assert after.skipped[2] == after.most_bad_steps[2] == 4 * population.static.steps >= train.MAX_BAD_STEPS
+    assert after.skipped[2] == after.bad_steps[2] == 4 * population.static.steps >= train.MAX_BAD_STEPS
     np.testing.assert_array_equal(measures["skipped"][:, 2], population.static.steps * np.arange(1, 5))
     assert after.skipped[[*others, 7]].sum() == 0
     assert np.isinf(after.best_loss[[2, 3]]).all()  # the fold has no epoch with a finite loss
@@ -519,13 +529,13 @@ def test_small_sets_get_smaller_batches_and_large_ones_the_batch_of_the_options(
     batch = largest // train.MIN_STEPS_PER_EPOCH
     assert population.members.train.shape[1:] == (batch, -(-largest // batch))
     config = dataclasses.replace(SMALL, batch=3)
-    assert train.set_up(experiment_of(population.dataset, config)).members.train.shape[1] == 3
+    assert train.set_up(experiment_of(population.dataset, config))[2].train.shape[1] == 3
 
 
 @pytest.mark.parametrize(("options", "mixup"), [({}, False), ({"mixup": 0.1}, True), ({"sweep": 2}, True)])
 def test_the_program_has_mixup_only_if_a_member_uses_it(population, options, mixup):
     config = dataclasses.replace(SMALL, **options)
-    assert train.set_up(experiment_of(population.dataset, config)).static.mixup is mixup
+    assert train.set_up(experiment_of(population.dataset, config))[0].mixup is mixup
 
 
 def test_an_epoch_has_as_many_steps_as_the_median_member_needs(population):
@@ -548,9 +558,9 @@ def test_the_number_of_steps_does_not_depend_on_the_devices(population, monkeypa
         mesh = population.jax.sharding.Mesh(np.array(devices[:count]), ("population",))
         monkeypatch.setattr(train, "population_mesh", lambda members, mesh=mesh: mesh)
         monkeypatch.setattr(train, "to_devices", lambda mesh, tree: tree)
-        setup = train.set_up(experiment)
-        assert len(setup.members.group) == {1: 3, 2: 4}[count]
-        steps.append(setup.static.steps)
+        static, _, members = train.set_up(experiment)
+        assert len(members.group) == {1: 3, 2: 4}[count]
+        steps.append(static.steps)
     assert steps[0] == steps[1]
 
 
@@ -696,8 +706,9 @@ def first_models(population, rows, **hyper):
         lambda leaf: (leaf + rng.normal(size=leaf.shape) / 4).astype(np.float32),
         train.initial_state(population.static, members).params,
     )
-    setup = train.Setup(population.static, population.data, members)
-    return members, params, train.hidden_layers(setup, population.dataset, params, rows)
+    frames = population.dataset.frames
+    centre = 0 if frames is None else frames.centre
+    return members, params, train.hidden_layers(members, params, rows, centre)
 
 
 @pytest.mark.parametrize("kind", ["population", "sequence_population"])
@@ -1002,7 +1013,7 @@ def test_bfloat16_products_leave_parameters_and_logits_float32(population):
     exact = population.static.network.apply({"params": params}, x, np.ones(8, np.float32))
     assert logits.dtype == np.float32
     assert 0 < np.abs(logits - exact).max() < 0.02 * np.abs(exact).max()
-    static = train.set_up(experiment_of(population.dataset, config)).static
+    static, _, _ = train.set_up(experiment_of(population.dataset, config))
     assert static.network.apply({"params": params}, x, np.ones(8, np.float32)).tolist() == logits.tolist()
     _, batch = step_of(population)
     step, member = functools.partial(train.member_step, static), population.member(0)
@@ -1025,13 +1036,13 @@ import train
 train.start_jax()
 import jax
 experiment = experiment_of(dataset_of(Path({data!r})))
-setup = train.set_up(experiment)
-members = train.to_devices(setup.static.mesh, setup.members, "population")
+static, _, members = train.set_up(experiment)
+members = train.to_devices(static.mesh, members, "population")
 trained = train.train(experiment)
 if jax.process_index() == 0:
     np.save({out!r}, trained.answers.logits)
 local = [shard.data.shape[0] for shard in members.train.addressable_shards]
-print(json.dumps(dict(devices=jax.device_count(), local=local, rows=len(setup.members.group))))
+print(json.dumps(dict(devices=jax.device_count(), local=local, rows=len(members.group))))
 """
 
 
