@@ -3,8 +3,11 @@
 #     ./remote.sh deploy HOST DIR [train.py options]    copy the scripts and DIR, set up, start a detached run
 #     ./remote.sh monitor HOST [-f]                     verdict, GPU, epoch, metrics, last lines; -f follows to the end
 #     ./remote.sh download HOST [DEST]                  model, statistics, metrics and logs, verified by checksum
+#     ./remote.sh stop HOST                             end the run; the same deploy resumes it
+#     ./remote.sh remove HOST                           list what is there, ask, and remove it
 # HOST is whatever `ssh HOST` understands: ports, keys and jump hosts belong in ssh's own configuration. A DIR that is
-# not here is a folder on HOST. All is in ~/speech-emotion-trainer there, and nothing of it is ever deleted.
+# not here is a folder on HOST. All is in ~/speech-emotion-trainer there. PYTHON=NAME before the command chooses the
+# Python (3.11 or newer) on HOST; otherwise it is looked for.
 # Exit status: 0 done, or the run has finished; 1 failed; 2 wrong use; 3 running (a second deploy changes nothing);
 # 4 stalled; 5 unhealthy (NaN or Inf); 6 killed; 7 not deployed; 255 unreachable.
 
@@ -12,6 +15,9 @@ set -u
 LC_ALL=C COPYFILE_DISABLE=1 # the second keeps macOS's tar from adding files of its own
 export LC_ALL COPYFILE_DISABLE
 base=speech-emotion-trainer
+marker="--- $base ---" # the first line of each answer: before it comes what the login shell there prints
+config="write 'Host gpu' with HostName, Port, User and IdentityFile into ~/.ssh/config and use gpu"
+part=''
 sha256=sha256sum
 command -v sha256sum >/dev/null || sha256='shasum -a 256'
 
@@ -27,40 +33,67 @@ die() { # STATUS TEXT
 
 connect() { # one private connection for all calls; rsync goes through the same file, and so never parses HOST
     case $host in
-        '' | [-.]* | *@-* | *[!A-Za-z0-9@._:%+-]*) die 2 "not a host: '$host'" ;;
+        '' | [-.]* | *@-* | *[!A-Za-z0-9@._:%+-]*) die 2 "not a host: '$host'; $config" ;;
+        *:*:*) ;; # an IPv6 address
+        *:*) die 2 "not a host: '$host'; $config" ;;
     esac
+    ulimit -f 4194304 2>/dev/null # blocks: an endless answer must not fill the disk
     tmp=$(mktemp -d /tmp/remote.XXXXXX) || exit 1 # a short path: that of a socket may have some 100 characters
-    trap '[ ! -S "$tmp/socket" ] || ssh -o ControlPath="$tmp/socket" -O exit -- "$host" 2>/dev/null; rm -rf "$tmp"' EXIT
+    trap '[ ! -S "$tmp/socket" ] || ssh -o ControlPath="$tmp/socket" -O exit -- "$host" 2>/dev/null
+        rm -rf "$tmp" "$part"' EXIT
     trap 'exit 129' HUP && trap 'exit 130' INT && trap 'exit 143' TERM
     cat >"$tmp/ssh" <<END
 shift # the name that rsync gives the host
 exec ssh -aTx -o BatchMode=yes -o StrictHostKeyChecking=accept-new -o ClearAllForwardings=yes -o RemoteCommand=none \\
     -o ConnectTimeout=15 -o ServerAliveInterval=15 -o ControlMaster=auto -o ControlPersist=30 \\
-    -o ControlPath=$tmp/socket -- '$host' "\$@"
+    -o ControlPath=$tmp/socket -- '$host' "\$@" 2>>$tmp/errors
 END
     sed -n '/^# --- the far side/,/^# --- the call/p' "$0" >"$tmp/functions"
+    : >"$tmp/errors"
 }
 
 # far FUNCTION ARGUMENT...: call one of the functions below on the far side. They, the arguments in quotes, and then
-# this function's own standard input go over one pipe: no name is ever part of a command line there.
+# this function's own standard input go over one pipe: no name is ever part of a command line there. Its answer comes
+# after the marker; without one nothing was run, whatever the status of ssh.
 far() {
     {
-        cat "$tmp/functions"
-        [ "$1" != verify ] || echo "mkdir -p -m 700 $base"
+        echo "echo; echo '$marker'" && cat "$tmp/functions"
+        [ "$1" != prepare ] || echo "mkdir -p -m 700 $base"
         echo "cd $base 2>/dev/null || { echo 'not deployed' && exit 7; }"
         for word; do # the x keeps a newline at the end
             case $word in *\'*) word=$(printf %sx "$word" | sed "s/'/'\\\\''/g") && word=${word%x} ;; esac
             printf "'%s' " "$word"
         done
     } >"$tmp/program"
-    { wc -c <"$tmp/program" && cat "$tmp/program" -; } 2>/dev/null |
+    rm -f "$tmp/answered" && : >"$tmp/greeting"
+    { wc -c <"$tmp/program" && cat "$tmp/program" -; } 2>/dev/null | {
         sh "$tmp/ssh" far "exec sh -c 'read -r n; eval \"\$(dd bs=\$n count=1 iflag=fullblock 2>/dev/null)\"'"
+        echo $? >"$tmp/status"
+    } | (
+        while IFS= read -r line || [ -n "$line" ]; do
+            [ "$line" != "$marker" ] || { : >"$tmp/answered" && exec cat; }
+            [ -z "$line" ] || printf '%s\n' "$line" >>"$tmp/greeting"
+        done
+    )
+    read -r status <"$tmp/status"
+    {
+        cat "$tmp/errors"
+        [ -e "$tmp/answered" ] || {
+            [ "$status" -eq 255 ] || echo "remote.sh: $host did not run the command (status $status), but answered:"
+            cat "$tmp/greeting"
+            ! grep -q 'Permission denied ([a-z]' "$tmp/errors" ||
+                echo "remote.sh: the login must need no password: \`ssh-copy-id $host\` installs your key there"
+        }
+    } | head -c 20000 | shown >&2
+    : >"$tmp/errors"
+    [ -e "$tmp/answered" ] || return 255
+    return "$status"
 }
 
 # upload NAME FOLDER ITEM...: copy these items of FOLDER, and set `there` to their folder on the far side. It is named
 # after a checksum of the content: versions never mix, a second deploy finds what has arrived, a run keeps its own.
 upload() {
-    name=$(printf %s "$1" | tr -c 'A-Za-z0-9._-' _ | sed 's/^[.-]/_/' | cut -c 1-100) folder=$2
+    name=$(plain "$1") folder=$2
     shift 2
     # shellcheck disable=SC2086 # a command and its options
     (cd -- "$folder" && find -L "$@" -type f -exec $sha256 {} +) >"$tmp/found" ||
@@ -71,7 +104,7 @@ upload() {
     for way in none -rLt -rLtc tar; do
         case $way in
             -*)
-                command -v rsync >/dev/null || continue
+                [ -s "$tmp/greeting" ] || ! command -v rsync >/dev/null && continue # a greeting confuses it
                 (cd -- "$folder" && rsync "$way" -e "sh $tmp/ssh" "$@" "far:$base/$there/") ;;
             tar) (cd -- "$folder" && tar -c -h -f - "$@") | far unpack "$there" ;;
         esac
@@ -83,19 +116,21 @@ upload() {
 }
 
 deploy() { # ARGUMENT... of train.py
+    python=$(far prepare "${PYTHON-}" </dev/null) || exit
     here=$(dirname -- "$0")
     upload scripts "$here" ./emotions.py ./stats.py ./check_data.py ./train.py ./remote.sh ./requirements.txt
     scripts=$there previous='' directory='' out='' prefix=''
+    case " $* " in *' --predict'[\ =]*) prefix=predict- ;; esac
     for argument; do
         shift
         there=$argument
         case $argument in
             --out=*) out=${argument#*=} ;;
+            --labels=* | --predict=*) send "${argument#*=}" && there=${argument%%=*}=$there ;;
             -*) ;;
             *) case $previous in
                 --out) out=$argument ;;
-                --labels) send "$argument" ;;
-                --predict) send "$argument" && prefix=predict- ;;
+                --labels | --predict) send "$argument" ;;
                 '' | [!-]* | --*=* | --transpose | --nan-to-zero | \
                     --fresh | --no-compile-cache | --recompute-stats)
                     send "$argument" && directory=$there ;;
@@ -105,10 +140,11 @@ deploy() { # ARGUMENT... of train.py
         previous=$argument
     done
     [ -n "$directory" ] || die 2 "deploy needs DIR, the folder of the features"
-    far start "$scripts" "$directory" "${out:-runs/$prefix$(basename -- "$directory")}" "$@" </dev/null
+    far start "$python" "$scripts" "$directory" "${out:-runs/$prefix$(basename -- "$directory")}" "$@" </dev/null
 }
 
 send() { # PATH of a folder or file that train.py reads; if it is here, copy it and set `there`
+    there=$1
     case $1 in /*) path=$1 ;; *) path=./$1 ;; esac
     if [ -d "$path" ]; then
         full=$(cd -- "$path" && pwd -P) || exit 1
@@ -122,65 +158,80 @@ send() { # PATH of a folder or file that train.py reads; if it is here, copy it 
 monitor() { # [-f]: then again and again until the run has ended, each time only the lines that are new
     echo "$tmp" >"$tmp/seen" # what no report says: not every grep takes an empty list
     while :; do
-        far report </dev/null >"$tmp/said"
+        far report </dev/null >"$tmp/answer"
         status=$?
-        [ "$status" -ne 255 ] || echo unreachable >"$tmp/said"
-        grep -v -x -F -f "$tmp/seen" "$tmp/said" | shown
-        case ${1-}:$status in -f:[345]) sleep 2 && cp "$tmp/said" "$tmp/seen" ;; *) exit "$status" ;; esac
+        [ "$status" -ne 255 ] || echo unreachable >"$tmp/answer"
+        shown <"$tmp/answer" >"$tmp/report"
+        grep -v -x -F -f "$tmp/seen" "$tmp/report"
+        case ${1-}:$status in -f:[345]) sleep 2 && cp "$tmp/report" "$tmp/seen" ;; *) exit "$status" ;; esac
     done
 }
 
-download() { # [DEST]
-    line='^[0-9a-f]\{64\}  [A-Za-z0-9_][A-Za-z0-9._-]*$' # whoever answers there can name no other place here
-    for way in -rLt -rLtc tar; do
-        far manifest </dev/null >"$tmp/said" || exit
-        grep "$line" "$tmp/said" >"$tmp/manifest" || die 1 "the run has left nothing yet"
-        dest=${1:-runs/$host/$(sed -n 's/^run \([A-Za-z0-9_][A-Za-z0-9._-]*\)$/\1/p' "$tmp/said")}
-        case $dest in /*) ;; *) dest=./$dest ;; esac
-        dest=${dest%/} part=${dest%/}.part
-        [ -e "$dest/manifest.sha256" ] || [ -z "$(ls -A -- "$dest" 2>/dev/null)" ] ||
-            die 2 "$dest holds other things: name another folder"
-        mkdir -p -- "$part" || exit 1
-        if [ "$way" = tar ]; then
-            rm -f -- "$part/manifest.sha256"
-            far pack </dev/null | (cd -- "$part" && tar -x -o -f -)
-            grep "$line" "$part/manifest.sha256" >"$tmp/manifest" || die 1 "the answer was cut off"
-        else
-            command -v rsync >/dev/null || continue
-            cut -c 67- "$tmp/manifest" >"$tmp/names"
-            rsync "$way" -e "sh $tmp/ssh" --files-from="$tmp/names" "far:$base/current/" "$part/"
-        fi
-        while read -r sum name; do
-            case $($sha256 <"$part/$name") in "$sum "*) ;; *) echo "$name" ;; esac
-        done <"$tmp/manifest" >"$tmp/wrong" 2>/dev/null
-        [ -s "$tmp/wrong" ] || break
+# download [DEST]: HOST is not trusted. Its answer is a header and then bytes, so there is no archive to unpack: only
+# files of the list below are made, in a new folder, and they are moved to DEST when all of them are whole.
+download() {
+    far pack </dev/null >"$tmp/answer" || exit
+    sed '/^$/q' "$tmp/answer" >"$tmp/header"
+    offset=$(($(wc -c <"$tmp/header")))
+    dest=${1:-runs/$host/$(plain "$(sed -n 1p "$tmp/header")")}
+    case $dest in /*) ;; *) dest=./$dest ;; esac
+    [ -e "$dest/manifest.sha256" ] || [ -z "$(ls -A -- "$dest" 2>/dev/null)" ] ||
+        die 2 "$dest holds other things: name another folder"
+    mkdir -p -- "${dest%/*}/" && part=$(mktemp -d "${dest%/}.XXXXXX") || exit 1
+    for name in $artifacts; do
+        entry=$(sed -n "s/^\([0-9a-f]\{64\} [0-9]\{1,10\}\) $name\$/\1/p" "$tmp/header" | head -n 1)
+        [ -n "$entry" ] || continue
+        sum=${entry% *} size=${entry#* }
+        tail -c "+$((offset + 1))" "$tmp/answer" | head -c "$size" >"$part/$name"
+        case $($sha256 <"$part/$name") in "$sum "*) ;; *) die 1 "these did not arrive whole: $name" ;; esac
+        echo "$sum  $name" >>"$part/manifest.sha256"
+        offset=$((offset + size))
     done
-    [ ! -s "$tmp/wrong" ] || die 1 "these did not arrive whole: $(cat "$tmp/wrong")"
-    mkdir -p -- "$dest" && cp "$tmp/manifest" "$dest/manifest.sha256" || exit 1
-    while read -r sum name; do mv -f -- "$part/$name" "$dest/" || exit 1; done <"$tmp/manifest"
-    rm -f -- "$part/manifest.sha256"
-    rmdir -- "$part" 2>/dev/null # a transfer that was cut may have left more in it
-    printf '%s\n' "verified in $dest:" "$(cut -c 67- "$tmp/manifest")" | shown
+    [ -e "$part/manifest.sha256" ] || die 1 "the run has left nothing yet"
+    mkdir -p -- "$dest" && mv -f -- "$part/manifest.sha256" "$dest/" && mv -f -- "$part"/* "$dest/" || exit 1
+    printf '%s\n' "verified in $dest:" "$(cut -c 67- "$dest/manifest.sha256")" | shown
+}
+
+remove() {
+    far erase </dev/null >"$tmp/answer" || exit
+    shown <"$tmp/answer"
+    printf 'Remove all of this from %s? [y/N] ' "$host" && read -r answer
+    case $answer in [Yy]*) far erase yes </dev/null ;; *) die 1 "nothing was removed" ;; esac
 }
 
 # --- the far side: functions that run there, in the folder that deploy makes ------------------------------------------
 
 umask 077
+artifacts='config.json history.csv predictions.csv confusion.csv skipped.csv fusion.npz model.npz report.html
+    metrics.json wav2vec_mean.npy wav2vec_std.npy train.log remote.log'
+
+plain() { # TEXT as the name of a folder
+    printf %s "$1" | tr -c 'A-Za-z0-9._-' _ | sed 's/^[.-]/_/' | cut -c 1-100
+}
 
 locked() { # by the launcher and the programs it starts: it falls with the last of them, however that ends
     [ -e lock ] && ! flock -s -n lock true
 }
 
 busy() {
-    echo "a run is going on there: nothing was changed" >&2
+    echo "a run is going on there (remote.sh stop ends it): nothing was changed" >&2
     exit 3
 }
 
-verify() { # FOLDER; the manifest is standard input. The first thing that is asked there, so what is needed is seen here
-    for tool in python3 flock setsid sha256sum tar awk; do
+prepare() { # PYTHON or nothing; print the Python to use. What is needed there is checked before anything is copied
+    for tool in flock setsid sha256sum tar awk; do
         command -v "$tool" >/dev/null || { echo "$tool is needed on the far side" >&2 && exit 1; }
     done
     ! locked || busy
+    [ -n "$1" ] || set -- "$(cat venv/python 2>/dev/null)" python3 python3.14 python3.13 python3.12 python3.11
+    for name; do
+        "$name" -c 'import ensurepip, sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo "$name" && return
+    done
+    echo "Python 3.11 or newer with venv is needed on the far side; PYTHON=NAME names another than $*" >&2
+    exit 1
+}
+
+verify() { # FOLDER; the manifest is standard input
     mkdir -p "$1" && cd "$1" && wrong=$(sha256sum -c 2>&1) && return
     printf '%s\n' "$wrong" | grep -v ': OK$'
     exit 8
@@ -190,28 +241,29 @@ unpack() { # FOLDER; the archive is standard input
     mkdir -p "$1" && cd "$1" && tar -x -o -f -
 }
 
-start() { # SCRIPTS DIR OUT ARGUMENT... of train.py
-    [ -d "$2" ] || { echo "DIR is a folder neither here nor there" >&2 && exit 2; }
+start() { # PYTHON SCRIPTS DIR OUT ARGUMENT... of train.py
+    [ -e "$3" ] || { echo "DIR is neither here nor there" >&2 && exit 2; }
     exec 9>>lock
     flock -n 9 || { sleep 1 && flock -n 9; } || busy # a monitor that looks holds it for an instant
-    mkdir -p -- "$3" && ln -sfn -- "$3" current || exit 1
+    mkdir -p -- "$4" && ln -sfn -- "$4" current || exit 1
     [ ! -e status ] || mv status status.last
+    rm -f group
     echo set-up >step && date >started
-    scripts=$1 out=$3
-    shift 3
-    setsid nohup sh "$scripts/remote.sh" launch "$scripts" "$@" --out "$out" </dev/null >>current/remote.log 2>&1 &
+    python=$1 scripts=$2 out=$4
+    shift 4
+    set -- "$scripts/remote.sh" launch "$python" "$scripts" "$@" --out "$out"
+    setsid nohup sh "$@" </dev/null >>current/remote.log 2>&1 &
     echo started # with a session of its own and no stream of the connection, it outlives that
 }
 
-launch() { # SCRIPTS ARGUMENT... of train.py; the lock is on descriptor 9
-    scripts=$1
-    shift
-    echo "== $(date): train.py $*" && echo $$ >pid
-    {
-        cmp -s "$scripts/requirements.txt" venv/requirements.txt || { # copied there last: these are installed
-            python3 -m venv venv && venv/bin/python -m pip install -r "$scripts/requirements.txt" &&
-                cp "$scripts/requirements.txt" venv/
-        }
+launch() { # PYTHON SCRIPTS ARGUMENT... of train.py; the lock is on descriptor 9
+    python=$1 scripts=$2
+    shift 2
+    echo "== $(date): train.py $*" && echo $$ >pid && echo $$ >group
+    [ "$python" = "$(cat venv/python 2>/dev/null || echo "$python")" ] || rm -rf venv
+    cmp -s "$scripts/requirements.txt" venv/requirements.txt || { # copied there last: these are installed
+        "$python" -m venv venv && venv/bin/python -m pip install -r "$scripts/requirements.txt" &&
+            echo "$python" >venv/python && cp "$scripts/requirements.txt" venv/
     } && {
         echo training >step
         venv/bin/python -u "$scripts/train.py" "$@" &
@@ -219,6 +271,17 @@ launch() { # SCRIPTS ARGUMENT... of train.py; the lock is on descriptor 9
         wait $!
     }
     echo $? >status.new && mv status.new status
+}
+
+stop() { # the run and all it has started: one process group, whose number is its own while the lock is held
+    locked || { echo "no run is going on there" && return; }
+    group=$(cat group) && kill -s TERM -- "-$group" || exit 1
+    tries=0
+    while locked; do
+        [ "$tries" -ne 100 ] || kill -s KILL -- "-$group" || exit 1
+        sleep 0.1 && tries=$((tries + 1))
+    done
+    echo "stopped: the same deploy resumes it"
 }
 
 fresh() { # FILE of the run, if it is of this start and not of an earlier one
@@ -275,38 +338,63 @@ report() {
     [ "$status" -ne 7 ] || exit 7
     echo "$(cat step) since $(cat started), pid $(cat pid 2>/dev/null)"
     gpu | sed 's/^/GPU: /'
-    ! fresh train.log || grep '^epoch ' current/train.log | tail -n 1
-    ! fresh metrics.json ||
-        sed -n 's/^  "\(ua\|wa\|macro_f1\|chance_ua\)": \([0-9]*\.[0-9]\{1,4\}\).*/\1 \2/p' current/metrics.json
-    tail -n 10 current/remote.log | cut -c 1-300
+    lines=$({
+        for word in device: epoch; do ! fresh train.log || sed -n "/^$word /p" current/train.log | tail -n 1; done
+        ! fresh metrics.json ||
+            sed -n 's/^  "\(ua\|wa\|macro_f1\|chance_ua\)": \([0-9]*\.[0-9]\{1,4\}\).*/\1 \2/p' current/metrics.json
+        tail -c 20000 current/remote.log | tail -n 10 | cut -c 1-300
+    } | tr '\000' '?')
+    printf '%s\n' "$lines"
+    ! printf '%s\n' "$lines" | grep -E -q 'GPU COULD NOT BE USED.*([Ll]oad|[Ll]ibrar|\.so|symbol)' ||
+        echo "hint: unset LD_LIBRARY_PATH on HOST, then deploy again: jax brings its own CUDA libraries"
     exit "$status"
 }
 
-names() { # what a run leaves, but for its checkpoints
-    cd current && for name in *.npz *.npy *.json *.csv *.log; do
-        case $name in checkpoint* | [!A-Za-z0-9_]* | *[!A-Za-z0-9._-]*) ;; *) [ ! -f "$name" ] || echo "$name" ;; esac
+# pack: print the name of the run, for each file its checksum, size and name, an empty line, and then the files. They
+# are copied first, because a run goes on writing.
+pack() {
+    cd current 2>/dev/null || { echo "no run was started there" >&2 && exit 7; }
+    copies=$(mktemp -d) || exit 1
+    trap 'rm -rf "$copies"' EXIT
+    run=$(pwd -P) && plain "${run##*/}"
+    for name in $artifacts; do
+        [ -f "$name" ] || continue
+        cp "$name" "$copies/" && sum=$(sha256sum <"$copies/$name") || exit 1
+        echo "${sum%% *} $(($(wc -c <"$copies/$name"))) $name"
+        set -- "$@" "$copies/$name"
     done
+    echo && cat "$@" </dev/null
 }
 
-manifest() {
-    echo "run $(basename -- "$(readlink current)")"
-    for name in $(names); do sha256sum "current/$name"; done | sed 's,  current/,  ,'
-}
-
-pack() { # the same as one archive, from a copy, because a run goes on writing; it ends in the manifest of the copy
-    snapshot=$(mktemp -d) || exit 1
-    trap 'rm -rf "$snapshot"' EXIT
-    for name in $(names); do cp -p "current/$name" "$snapshot/"; done
-    cd "$snapshot" && sums=$(sha256sum -- *) && echo "$sums" >manifest.sha256 && tar -c -f - -- *
+erase() { # [yes]: remove, or only list, what deploy has made here; whatever else there is stays, and the folder with it
+    exec 9>>lock
+    flock -n 9 || busy
+    [ $# -gt 0 ] || { pwd -P && du -sh -- data/*-???????????? runs/* venv 2>/dev/null; exit 0; }
+    rm -rf -- data/*-???????????? runs/* venv current group pid started status status.* step lock || exit 1
+    rmdir data runs 2>/dev/null
+    [ -z "$(ls -A)" ] || { echo "removed, but for:" && ls -A && exit; }
+    rmdir -- "$PWD" 2>/dev/null # not if it is a link
+    echo removed
 }
 
 # --- the call -------------------------------------------------------------------------------------------------------
 
+usage() {
+    sed -n '2,/^$/s/^# \{0,1\}//p' "$0"
+}
+
+[ "${1-}" != launch ] || { shift && launch "$@" && exit; } # by start, on the far side
+for argument; do
+    case $argument in
+        -h | --help) usage && exit ;;
+        -[!-0-9f]*) die 2 "no option of ssh is taken here: $argument; $config" ;;
+    esac
+done
 case $#:${1-}:${3-} in
-    [3-9]:launch:* | [1-9][0-9]*:launch:*) shift && launch "$@" ;; # by start, on the far side
-    [3-9]:deploy:* | [1-9][0-9]*:deploy:* | 2:monitor: | 3:monitor:-f | [23]:download:*)
+    [3-9]:deploy:* | [1-9][0-9]*:deploy:* | 2:monitor: | 3:monitor:-f | [23]:download:* | 2:remove:)
         command=$1 host=$2
         shift 2
         connect && "$command" "$@" ;;
-    *) sed -n '2,/^$/s/^# \{0,1\}//p' "$0" >&2 && exit 2 ;;
+    2:stop:) host=$2 && connect && far stop </dev/null ;;
+    *) usage >&2 && die 2 "wrong arguments: ${*:-none}" ;;
 esac

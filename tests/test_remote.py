@@ -3,6 +3,7 @@
 import dataclasses
 import getpass
 import hashlib
+import io
 import json
 import os
 import random
@@ -12,18 +13,21 @@ import signal
 import socket
 import subprocess
 import sys
+import tarfile
 import threading
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import ARTIFACTS
 
 import train
 
 ROOT = Path(__file__).resolve().parent.parent
 SYSTEM = f"{os.environ['PATH']}:/usr/local/sbin:/usr/sbin:/sbin"
 TOOLS = {name: shutil.which(name, path=SYSTEM) for name in ("sshd", "ssh", "ssh-keygen", "flock", "setsid", "tar")}
+MARKER = "--- speech-emotion-trainer ---\n"
 MISSING = ", ".join(name for name, path in TOOLS.items() if path is None)
 SCRIPTS = ("emotions.py", "stats.py", "check_data.py", "train.py", "requirements.txt", "remote.sh")
 SHELLS = [shell for shell in ("dash", "bash", "busybox ash") if shutil.which(shell.split()[0])]
@@ -48,6 +52,7 @@ RESULTS = {
     "history.csv": (HEADER + "1,1,0,1.5,0.5,1.25,0.5,0.0\n1,final,0,1.0,0.5,1.0,0.75,0.0\n").encode(),
     "confusion.csv": b"label,happy\n",
     "wav2vec_mean.npy": b"mean",
+    "report.html": b"<html>",
 }
 FINISH = f"""
 for name, content in {RESULTS!r}.items():
@@ -125,12 +130,12 @@ class Sides:
     def orders(self, text):
         (self.home / "orders.py").write_text(text)
 
-    def call(self, *arguments, shell="sh", path=None):
+    def call(self, *arguments, shell="sh", answer="", **environment):
         return subprocess.run(
             [*shell.split(), "./remote.sh", *arguments],
             cwd=self.near,
-            env={**os.environ, "PATH": path or self.path},
-            stdin=subprocess.DEVNULL,
+            env={**os.environ, "PATH": self.path, **environment},
+            input=answer,
             capture_output=True,
             text=True,
             errors="surrogateescape",
@@ -144,6 +149,12 @@ class Sides:
         done = self.call("deploy", "gpu", *(arguments or ("set",)), **how)
         assert done.returncode == status, done.stdout + done.stderr
         return done
+
+    def answer(self, text):
+        """Put a program in place of ssh, that runs this text of sh."""
+        (self.near / "ssh").mkdir(exist_ok=True)
+        self.program(self.near / "ssh/ssh", text)
+        self.path = f"{self.near}/ssh:{self.path}"
 
     def ended(self):
         until(lambda: (self.base / "status").exists() and not self.locked())
@@ -326,14 +337,15 @@ def test_a_run_is_running_then_stalled_then_unhealthy_then_finished(sides):
 
 
 def test_a_failed_run_tells_its_status_and_its_last_words_harmlessly(sides):
-    words = "\x1b[2J\x07\x9b2J\u202ekcab\r\x7f\x08 naïve ─ end"
-    sides.deploy(orders=f"print({words!r}, flush=True)\nprint('epoch 1/2 ' + {words!r}, file=log)\nsys.exit(3)")
+    words = "\0\x1b[2J\x07\x9b2J\u202ekcab\r\x7f\x08 naïve ─ end"
+    sides.deploy(orders=f"print('x' * 10**7)\nprint({words!r})\nprint('epoch 1/2 ' + {words!r}, file=log)\nsys.exit(3)")
     sides.ended()
     done = sides.call("monitor", "gpu")
     assert done.returncode == 1
     assert done.stdout.startswith("failed 3\n")
     assert done.stdout.count("naïve ─ end\n") == 2
-    assert not set(done.stdout) & set("\x1b\x07\x9b\u202e\r\x7f\x08")
+    assert len(done.stdout) < 2000
+    assert not set(done.stdout) & set("\0\x1b\x07\x9b\u202e\r\x7f\x08")
     assert sides.call("download", "gpu", "got").returncode == 0  # its log is what one wants then
     assert "naïve" in (sides.near / "got/remote.log").read_text()
 
@@ -407,12 +419,202 @@ def test_nvidia_smi_may_be_missing_failing_or_hanging(sides):
     os.kill(int((sides.home / "smi").read_text()), signal.SIGKILL)
 
 
+def test_the_device_is_shown_and_a_library_that_did_not_load_gets_a_hint(sides):
+    sides.deploy(orders="")
+    sides.ended()
+    unusable = "device: CPU (2 cores), because THE GPU COULD NOT BE USED: "
+    for line, hint in [
+        (unusable + "no supported devices found for platform CUDA", False),
+        (unusable + "Unable to load cuSPARSE. Is it installed?", True),
+        (unusable + "libcudart.so.12: cannot open shared object file", True),
+    ]:
+        (sides.run / "train.log").write_text(f"device: of an earlier start\n{line}\nloaded 9 files\n")
+        done = sides.call("monitor", "gpu")
+        assert f"\n{line}\n" in done.stdout
+        assert "an earlier start" not in done.stdout
+        assert ("unset LD_LIBRARY_PATH" in done.stdout) == hint
+
+
+def test_stop_ends_the_run_and_the_same_deploy_resumes_it(sides):
+    child = "import signal, subprocess\nsubprocess.Popen(['sleep', '1000'])\n"
+    save = "signal.signal(signal.SIGTERM, lambda *_: [(run / 'saved').touch(), sys.exit(143)])\n"
+    sides.deploy(orders=child + save + "(run / 'checkpoint-0.npz').write_text('half')\nwait()")
+    until(lambda: (sides.run / "checkpoint-0.npz").exists())
+    done = sides.call("stop", "gpu")
+    assert (done.returncode, done.stdout) == (0, "stopped: the same deploy resumes it\n")
+    assert (sides.run / "saved").exists()
+    assert not sides.locked()
+    assert verdict(sides)[0] == 6
+    assert sides.call("stop", "gpu").stdout == "no run is going on there\n"
+    sides.deploy(orders="assert (run / 'checkpoint-0.npz').read_text() == 'half'\n" + FINISH)
+    sides.ended()
+    assert verdict(sides)[0] == 0
+
+
+def test_remove_asks_and_removes_only_its_own(sides):
+    sides.deploy(orders="wait()\n" + FINISH)
+    assert sides.call("remove", "gpu", answer="y\n").returncode == 3
+    sides.end()
+    (sides.base / "data/mine").mkdir()
+    (sides.base / "data/mine/1.npz").write_text("precious")
+    before = listing(sides.home)
+    for answer in ("", "n\n"):
+        done = sides.call("remove", "gpu", answer=answer)
+        assert done.returncode == 1
+        assert listing(sides.home) == before
+    for name in (*(path.name for path in (sides.base / "data").glob("set-*")), "venv", str(sides.base)):
+        assert name in done.stdout
+    done = sides.call("remove", "gpu", answer="y\n")
+    assert done.returncode == 0
+    assert [path.name for path in sides.base.rglob("*")] == ["data", "mine", "1.npz"]
+    shutil.rmtree(sides.base / "data")
+    assert sides.call("remove", "gpu", answer="y\n").stdout.endswith("removed\n")
+    assert not sides.base.exists()
+
+
+# --- what answers in place of the far side ---
+
+
+def test_a_greeting_before_an_answer_does_no_harm(sides):
+    greeting = 'case " $* " in *" -O "*) ;; *) printf "Welcome\\nto the cloud" ;; esac'
+    sides.answer(f'{greeting}\nexec {sides.machine.commands}/ssh "$@"')
+    assert "rsync" not in sides.deploy(orders=FINISH).stderr  # which would find no protocol in it
+    sides.ended()
+    assert verdict(sides) == (0, "finished")
+    assert sides.call("download", "gpu", "got").returncode == 0
+    assert_whole(sides.near / "got")
+
+
+@pytest.mark.parametrize("status", [0, 1, 255])
+def test_an_answer_without_the_marker_is_shown_and_is_no_success(sides, status):
+    sides.answer(f"cat >/dev/null; printf 'needs a terminal\\033[2J'; exit {status}")
+    for command in (
+        ("deploy", "gpu", "set"),
+        ("monitor", "gpu"),
+        ("download", "gpu"),
+        ("stop", "gpu"),
+        ("remove", "gpu"),
+    ):
+        done = sides.call(*command, answer="y\n")
+        assert done.returncode == 255
+        assert "needs a terminal?[2J" in done.stderr
+
+
+def test_a_login_with_a_password_gets_a_hint(sides):
+    sides.answer("echo 'u@gpu: Permission denied (publickey,password).' >&2; exit 255")
+    done = sides.call("monitor", "gpu")
+    assert (done.returncode, done.stdout) == (255, "unreachable\n")
+    assert "ssh-copy-id gpu" in done.stderr
+
+
+def entry(name, content=b"{}\n", size=None):
+    return f"{hashlib.sha256(content).hexdigest()} {len(content) if size is None else size} {name}\n".encode()
+
+
+def archive():
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w") as tar:
+        for name, kind in (("x", tarfile.SYMTYPE), ("y", tarfile.LNKTYPE), ("z", tarfile.CHRTYPE), ("../evil", None)):
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname = kind or tarfile.REGTYPE, "../victim"
+            tar.addfile(member)
+    return file.getvalue()
+
+
+GOOD = entry("config.json")
+ANSWERS = {
+    "parent": (entry("../evil") + b"\n{}\n", 1),
+    "absolute": (entry("/tmp/evil") + b"\n{}\n", 1),
+    "folder": (entry("x/evil") + b"\n{}\n", 1),
+    "start file": (entry(".bashrc") + entry("conftest.py") + b"\n{}\n{}\n", 1),
+    "two names": (entry("config.json history.csv") + b"\n{}\n", 1),
+    "command": (entry("config.json", b"", "PATH[$(>canary)]") + b"\n", 1),
+    "size": (entry("config.json", size=2) + b"\n{}\n", 1),
+    "checksum": (entry("config.json", b"other") + b"\n{}\n", 1),
+    "twice": (GOOD + entry("config.json", b"evil") + b"\n{}\nevil", 0),
+    "no end": (b"\0\n" * 1000 + GOOD, 1),
+    "archive": (archive(), 1),
+    "run name": (b"../../evil$(touch canary)\x1b[2J\n" + GOOD + b"\n{}\n", 0),
+}
+
+
+@pytest.mark.parametrize("kind", ANSWERS)
+def test_a_hostile_host_writes_only_known_files_into_the_folder_of_the_download(sides, kind):
+    content, status = ANSWERS[kind]
+    header = b"" if kind == "run name" else b"run\n"
+    (sides.near / "answer").write_bytes(MARKER.encode() + header + content)
+    (sides.near / "victim").mkdir()
+    sides.answer(f"cat {sides.near}/answer")
+    before = set(sides.near.parent.rglob("*"))
+    done = sides.call("download", "gpu", shell="bash" if "bash" in SHELLS else "sh")  # bash's arithmetic runs commands
+    assert done.returncode == status, done.stderr
+    assert "\x1b" not in done.stdout + done.stderr
+    for path in set(sides.near.parent.rglob("*")) - before:
+        assert path == sides.near / "runs" or sides.near / "runs" in path.parents
+        assert path.is_dir() or path.name in ("config.json", "manifest.sha256")
+        assert not path.is_symlink()
+
+
+# --- the command line ---
+
+
+def test_help_is_no_error_and_wrong_use_is(sides):
+    for arguments in (("-h",), ("--help",), ("deploy", "--help")):
+        done = sides.call(*arguments)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert "remote.sh remove HOST" in done.stdout
+    for arguments in (
+        (),
+        ("delpoy", "gpu", "set"),
+        ("deploy", "gpu"),
+        ("monitor", "gpu", "-g"),
+        ("stop",),
+        ("launch",),
+    ):
+        done = sides.call(*arguments)
+        assert (done.returncode, done.stdout) == (2, ""), arguments
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("monitor", "u@gpu:22"),
+        ("monitor", "-p", "22", "gpu"),
+        ("deploy", "gpu", "-p22", "set"),
+        ("download", "ssh://gpu"),
+    ],
+)
+def test_ports_and_keys_get_the_sentence_that_helps(sides, arguments):
+    done = sides.call(*arguments)
+    assert done.returncode == 2
+    assert "~/.ssh/config" in done.stderr
+
+
+def test_python_is_looked_for_before_anything_is_copied(sides):
+    for name in ("python3", *(f"python3.{minor}" for minor in range(11, 15))):
+        sides.program(sides.home / f"bin/{name}", "exit 1")
+    before = listing(sides.home)
+    done = sides.deploy(status=1)
+    assert "Python 3.11 or newer" in done.stderr
+    assert "PYTHON=" in done.stderr
+    assert listing(sides.home) == before
+    assert "Python 3.11" in sides.call("deploy", "gpu", "set", PYTHON="/bin/false").stderr
+    chosen = sides.home / "my python"
+    sides.program(chosen, f'echo "$@" >>"{sides.home}/used"\nexec {sys.executable} "$@"')
+    sides.orders("")
+    assert sides.call("deploy", "gpu", "set", PYTHON=str(chosen)).returncode == 0
+    assert (sides.home / "used").exists()
+    sides.ended()
+    assert verdict(sides)[0] == 0
+
+
 # --- what is copied ---
 
 
 def test_train_py_gets_its_arguments_with_the_far_side_s_paths(sides):
     (sides.near / "my labels.csv").write_text("file,emotion,speaker\n")
-    (sides.near / "happy").mkdir()  # the name of a class, and no folder to copy
+    (sides.near / "happy").mkdir()  # the name of a class, and not copied for that
+    (sides.near / "happy/model.npz").write_text("model")
     orders = "import json\npathlib.Path('../argv').write_text(json.dumps(sys.argv[1:]))"
     command = (
         "--epochs",
@@ -425,6 +627,8 @@ def test_train_py_gets_its_arguments_with_the_far_side_s_paths(sides):
         "my labels.csv",
         "--merge",
         "it's=a b\n",
+        "--labels=my labels.csv",
+        "--predict=happy",
     )
     sides.deploy(*command, orders=orders)
     sides.ended()
@@ -433,8 +637,10 @@ def test_train_py_gets_its_arguments_with_the_far_side_s_paths(sides):
     data, labels, out = given[5], given[7], given[-1]
     assert same_files(sides.near / "set", sides.base / data)
     assert (sides.base / labels).read_text() == "file,emotion,speaker\n"
-    assert given[8:] == ["--merge", "it's=a b\n", "--out", out]
-    assert out == f"runs/{Path(data).name}"
+    assert given[8:11] == ["--merge", "it's=a b\n", f"--labels={labels}"]
+    assert given[11].startswith("--predict=")
+    assert (sides.base / given[11].split("=")[1] / "model.npz").read_text() == "model"
+    assert out == f"runs/predict-{Path(data).name}"
     there = "../data there"
     (sides.base / there).mkdir()
     sides.deploy("--out", "runs/mine", there, status=0)
@@ -453,9 +659,20 @@ def same_files(one, other):
     return contents(one) == contents(other)
 
 
+def test_a_single_file_can_be_labelled(sides):
+    sides.deploy("set/0.npz", "--predict", "set", orders="assert pathlib.Path(sys.argv[1]).is_file()\n")
+    sides.ended()
+    assert verdict(sides)[0] == 0
+
+
+def test_every_artifact_is_downloaded():
+    listed = (ROOT / "remote.sh").read_text().split("artifacts='")[1].split("'")[0].split()
+    assert set(listed) == ARTIFACTS - {"lock"} | {"remote.log"}
+
+
 def test_the_readme_names_every_command_and_verdict():
     section = (ROOT / "README.md").read_text().split("## On a rented GPU machine")[1].split("\n## ")[0]
-    for command in ("deploy HOST DIR", "monitor HOST -f", "download HOST"):
+    for command in ("deploy HOST DIR", "monitor HOST -f", "download HOST", "stop HOST", "remove HOST"):
         assert f"./remote.sh {command}" in section
     verdicts = ("finished", "failed N", "running", "stalled", "unhealthy", "killed", "not deployed", "unreachable")
     for status, name in zip((0, 1, 3, 4, 5, 6, 7, 255), verdicts):
@@ -547,24 +764,16 @@ def test_files_arrive_whole_whatever_rsync_does(sides, rsync, tmp_path, kind):
     assert (tmp_path / "damaged").exists() == kind.startswith("damaging")
     (data,) = (sides.base / "data").glob("set-*")
     assert same_files(sides.near / "set", data)
-    sides.ended()
-    (tmp_path / "damaged").unlink(missing_ok=True)
-    rsync(kind, "got.part/model.npz")
-    assert sides.call("download", "gpu", "got").returncode == 0
-    assert (tmp_path / "damaged").exists() == kind.startswith("damaging")
-    assert_whole(sides.near / "got")
-    assert not (sides.near / "got.part").exists()
 
 
-def test_what_no_way_brings_whole_is_named_and_not_used(sides, rsync):
+def test_what_did_not_arrive_whole_is_named_and_not_used(sides):
     sides.deploy(orders=FINISH)
     sides.ended()
-    rsync("damaging", "model.npz got.part/model.npz")
-    damaging(sides, "tar", "model.npz got.part/model.npz")
+    sides.program(sides.home / "bin/cat", f'{shutil.which("cat")} "$@" | tr e E')
     done = sides.call("download", "gpu", "got")
     assert done.returncode == 1
-    assert done.stderr.endswith("did not arrive whole: model.npz\n")
-    assert not (sides.near / "got").exists()
+    assert done.stderr.endswith("did not arrive whole: history.csv\n")
+    assert not list(sides.near.glob("got*"))
 
 
 def test_a_download_never_overwrites_what_is_not_its_own(sides):
@@ -707,7 +916,7 @@ def test_no_hostile_host_runs_a_command(sides):
     assert len(HOSTILE) == 30
     for host in ["", ".", *HOSTILE]:
         done = sides.call("monitor", host)
-        plain = host and all(c.isascii() and (c.isalnum() or c in "@._:%+-") for c in host) and host[0] not in "-."
+        plain = host and all(c.isascii() and (c.isalnum() or c in "@._%+-") for c in host) and host[0] not in "-."
         assert done.returncode == (255 if plain else 2), host
         assert "\x1b" not in done.stderr
     assert_harmless(sides)
