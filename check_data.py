@@ -832,10 +832,10 @@ class Arena:
         return copy
 
 
-Progress = Callable[[int], None]
+Progress = Callable[[int, int], None]
 
 
-def _no_progress(n_files: int) -> None:
+def _no_progress(n_read: int, n_files: int) -> None:
     """The default for `progress`."""
 
 
@@ -849,7 +849,7 @@ def scan(options: ScanOptions, *, keep_features: bool = False, progress: Progres
     keep_features
         Whether to keep the arrays; if not, at most one sequence is in memory at a time.
     progress
-        Called with the number of files read so far.
+        Called with the number of files read so far, and the number of all files.
 
     Raises
     ------
@@ -888,7 +888,7 @@ def _read_files(
             result.findings.append(Finding(file, error.code, error.reason))
             continue
         finally:
-            progress(number)
+            progress(number, len(files))
         utterance = label.utterance
         if emotion != utterance.emotion:
             utterance = dataclasses.replace(utterance, emotion=emotion)
@@ -941,7 +941,7 @@ def iter_features(
             result.findings.append(Finding(file, error.code, error.reason))
         else:
             yield utterance, array
-        progress(number)
+        progress(number, len(files))
     emotion_filter.check_requested()
 
 

@@ -582,6 +582,23 @@ def scores(confusion: np.ndarray) -> dict[str, np.ndarray]:
         }
 
 
+def class_scores(confusion: np.ndarray, classes: tuple[str, ...]) -> dict[str, dict[str, float]]:
+    """`recall`, `precision` and `f1` of each class by its name; 0 without a label or a prediction of the class.
+
+    Parameters
+    ----------
+    confusion
+        Shape (C, C), rows are labels.
+    """
+    correct, labelled, predicted = confusion.diagonal(), confusion.sum(1), confusion.sum(0)
+    values = {
+        "recall": correct / np.maximum(labelled, 1),
+        "precision": correct / np.maximum(predicted, 1),
+        "f1": 2 * correct / np.maximum(labelled + predicted, 1),
+    }
+    return {name: dict(zip(classes, scores.tolist())) for name, scores in values.items()}
+
+
 def majority_scores(confusion: np.ndarray) -> dict[str, np.ndarray]:
     """The `scores` of always predicting the most frequent label; its `ua` is 1 / the number of classes present.
 
@@ -676,22 +693,21 @@ def evaluate(
     Returns
     -------
     dict
-        `ua`, `wa`, `macro_f1` with `..._ci95` and `majority_...`, `chance_ua`, `classes`, `recall`, `n_utterances`,
-        `confusion`, `ece`, `reliability`, `speakers` by name, and `folds` in order.
+        `ua`, `wa`, `macro_f1` with `..._ci95` and `majority_...`, `chance_ua`, `classes`, `n_utterances`, `confusion`,
+        `ece`, `reliability`, `speakers` by name, and `folds` in order, and the `class_scores`.
     """
     count = len(classes)
     probability = probabilities(logits)
     predicted = probability.argmax(1)
     _, by_speaker = group_confusions(speaker, label, predicted, count)
     confusion = by_speaker.sum(0)
-    recall = confusion.diagonal() / np.maximum(confusion.sum(1), 1)
     metrics = _plain(scores(confusion))
     metrics |= {f"{name}_ci95": list(interval) for name, interval in speaker_intervals(by_speaker, seed).items()}
     metrics |= {f"majority_{name}": value for name, value in _plain(majority_scores(confusion)).items()}
     return metrics | {
         "chance_ua": 1 / count,
         "classes": list(classes),
-        "recall": dict(zip(classes, recall.tolist())),
+        **class_scores(confusion, classes),
         "n_utterances": len(label),
         "confusion": confusion.tolist(),
         "speakers": group_scores(speaker, label, predicted, count),

@@ -22,9 +22,9 @@ import ctypes
 import dataclasses
 import glob
 import hashlib
+import html
 import importlib.metadata
 import importlib.util
-import io
 import itertools
 import json
 import logging
@@ -32,9 +32,12 @@ import logging.handlers
 import math
 import os
 import platform
+import re
 import shlex
+import shutil
 import signal
 import stat
+import string
 import sys
 import time
 from functools import partial
@@ -56,8 +59,10 @@ except ImportError:  # Windows
     fcntl = None
 
 import numpy as np
-from rich import box
-from rich.console import Console
+from rich.cells import cell_len
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
@@ -83,7 +88,9 @@ MEASURES = ("loss", "gradient_norm", "validation_loss", "validation_ua")  # of a
 HISTORY = dict.fromkeys(MEASURES, np.float32) | {"active": np.bool_, "skipped": np.int32}
 ARTIFACT_VERSION = 4  # of config.json and model.npz
 TRAINING_VERSION = 5  # raised when old checkpoints would continue differently, so that they are refused
-MAX_TABLE_ROWS = 10  # in the report; metrics.json has all of them
+MAX_MISTAKES = 10  # in metrics.json and the report
+SCORES = {"ua": "UA (mean recall)", "wa": "WA (accuracy)", "macro_f1": "macro F1"}
+NOT_INDEPENDENT = "NOT speaker-independent: training and test may share speakers; the scores are optimistic"
 
 
 SWEEP = {  # what --sweep draws: lowest and highest value; "log" draws the logarithm uniformly
@@ -178,15 +185,17 @@ def run_training(config: Config) -> int:
     # Buffers the log until the data are known to be usable: a run that cannot start must not replace the log of one
     # that could.
     run_log = logging.handlers.MemoryHandler(1 << 30, flushLevel=logging.CRITICAL, flushOnClose=False)
+    run_log.setLevel(logging.INFO)
     log.addHandler(run_log)
     try:
         with RunFolder(path) as run:
-            metrics = train_and_score(config, run, run_log)
+            with live_log():
+                metrics = train_and_score(config, run, run_log)
             if metrics:
-                sys.stdout.write(report_text(metrics, path, sys.stdout))
+                sys.stdout.write(report_text(metrics, path / "report.html", sys.stdout))
                 with contextlib.suppress(OSError):  # a full disk: the report is on the terminal and in report.html
                     log_file = run_log.target.stream
-                    log_file.write(report_text(metrics, path, log_file))
+                    log_file.write(report_text(metrics, path / "report.html", log_file))
     finally:
         log.removeHandler(run_log)
         if run_log.target:
@@ -214,6 +223,7 @@ def train_and_score(config: Config, run: "RunFolder", run_log: logging.handlers.
     if epochs_done:
         log.info(f"RESUMING from epoch {epochs_done} of the unfinished run in {printable(str(run.path))}")
     trained = train(experiment, run)
+    log.debug("scoring")
     metrics = evaluate(experiment, trained)
     # Reversed, so that the first finding of each code wins.
     examples = {finding.code: {"file": finding.file, "reason": finding.reason} for finding in reversed(scan.findings)}
@@ -222,6 +232,7 @@ def train_and_score(config: Config, run: "RunFolder", run_log: logging.handlers.
     metrics |= {"command": command_line(config), "seconds": round(time.perf_counter() - started, 1)}
     if not is_primary():
         return {}
+    log.debug("writing the results")
     save_run(run, scan, experiment, trained, metrics)
     return metrics
 
@@ -236,6 +247,7 @@ def begin_log(run_log: logging.handlers.MemoryHandler, path: Path, append: bool)
 
 def start_device(config: Config) -> str:
     """Start jax, alone or as one of several processes; return a description of the device."""
+    log.debug("starting jax")
     device = start_jax()
     if (jax.process_index() == 0) != is_primary():
         raise UsageError("the environment makes this one of several processes, but jax has found no others")
@@ -264,13 +276,60 @@ def scan_features(config: Config, run: Path) -> check_data.Scan:
 def log_scan_progress():
     last = time.monotonic()
 
-    def progress(files: int) -> None:
+    def progress(n_read: int, n_files: int) -> None:
         nonlocal last
-        if time.monotonic() - last > 2:
+        is_due = time.monotonic() - last > 2
+        if is_due:
             last = time.monotonic()
-            log.info(f"read {files} files")
+        level = logging.INFO if is_due else logging.DEBUG
+        log.log(level, "read %d files", n_read, extra={"share": n_read / n_files})
 
     return progress
+
+
+class LiveLog(logging.Handler):
+    """The log on a terminal, and below it a bar for what is being done.
+
+    A record with a `share` (of the work, 0 to 1) or of level DEBUG changes the bar; every other one is a line above it.
+    The cursor is never hidden and rests on an empty line below the bar, so that a killed process leaves it usable.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.message, self.share, self.started = "starting", None, time.monotonic()
+        self.console = Console(stderr=True, markup=False, emoji=False, highlight=False, force_jupyter=False)
+        self.console.show_cursor = lambda show=True: True  # rich would hide it
+        self.live = Live(get_renderable=self.draw, console=self.console, transient=True, redirect_stdout=False)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        share = getattr(record, "share", None)
+        if share is None and record.levelno > logging.DEBUG:
+            self.console.print(self.format(record), soft_wrap=True)
+        else:
+            self.message, self.share = self.format(record), share
+
+    def draw(self) -> Group:
+        bar = Table.grid(padding=(0, 2, 0, 0))
+        seconds = f"{time.monotonic() - self.started:.0f} s"
+        bar.add_row(ProgressBar(1, self.share or 0, width=40, pulse=self.share is None), seconds)
+        return Group(Text(self.message), bar, "")
+
+
+@contextlib.contextmanager
+def live_log():
+    """Show the log as a LiveLog, if standard error is a terminal that can move its cursor."""
+    root, handler = logging.getLogger(), LiveLog()
+    if not sys.stderr.isatty() or handler.console.is_dumb_terminal or not is_primary():
+        yield
+        return
+    plain, root.handlers = root.handlers, [handler]
+    log.setLevel(logging.DEBUG)
+    try:
+        with handler.live:
+            yield handler.live
+    finally:
+        root.handlers = plain
+        log.setLevel(logging.INFO)
 
 
 def check_output_folder(run: Path, directory: Path) -> None:
@@ -1178,8 +1237,12 @@ def train_population(
     program = jax.jit(partial(population_epochs, static))
     progress = run.resume(Progress(0, initial_state(static, members), {}))
     members, state = to_devices(static.mesh, (members, progress.state), "population")
-    started, first = time.perf_counter(), progress.epoch
     active = to_host(state.active)
+    if active.any():  # before the clock starts from which the time left is estimated
+        log.debug("compiling the training program")
+        program = program.lower(data, members, (np.uint32(0), np.int32(0)), state).compile()
+        log.debug("training the first epochs")
+    started, first = time.perf_counter(), progress.epoch
     while active.any():
         clock = np.uint32(static.config.seed), np.int32(progress.epoch)  # a Python int of 2^31 or more is no int32
         state, measures = program(data, members, clock, state)
@@ -1210,7 +1273,8 @@ def log_progress(history, epochs: int, outlook: str) -> None:
     active = history["active"]
     last = np.flatnonzero(active.any(1))[-1]
     loss, ua = (history[name][last][active[last]].mean() for name in ("loss", "validation_ua"))
-    log.info(f"epoch {last + 1}/{epochs}  loss {loss:.3f}  validation UA {ua:.3f}  {outlook}")
+    line = f"epoch {last + 1}/{epochs}  loss {loss:.3f}  validation UA {ua:.3f}  {outlook}"
+    log.info(line, extra={"share": (last + 1) / epochs})
 
 
 def history_rows(history, split: Split):
@@ -1459,8 +1523,10 @@ def train(experiment: Experiment, run: "RunFolder | None" = None) -> Trained:
     not finite five times in a row, or if its outputs are not.
     """
     config, dataset, split, _ = experiment
+    log.debug("laying out the data")
     static, data, members = set_up(experiment)
     progress = train_population(static, data, members, split, run or RunFolder(None))
+    log.debug("finishing the models of each fold")
     state = to_host(progress.state._replace(params=None, optimizer=None))
     settings = draw_settings(config)
     chosen, sweep = choose_settings(state.best_loss, split, settings)
@@ -1575,7 +1641,7 @@ def error_analysis(dataset: Dataset, probability) -> dict:
     wrong = np.flatnonzero(predicted != dataset.label)
     wrong = wrong[np.argsort(-confidence[wrong], kind="stable")]
     mistakes = []
-    for place in wrong[:MAX_TABLE_ROWS]:
+    for place in wrong[:MAX_MISTAKES]:
         utterance = dataset.utterances[place]
         mistake = {"file": utterance.file, "label": utterance.emotion, "predicted": dataset.classes[predicted[place]]}
         mistakes.append(mistake | {"confidence": float(confidence[place])})
@@ -1633,7 +1699,7 @@ def save_run(run: "RunFolder", scan: check_data.Scan, experiment: Experiment, tr
         stats.STD_FILE: stats.npy_bytes(stored.statistics.std),
         "fusion.npz": fusion_bytes(utterances, classes, trained.answers, final, split.fold + 1),
         "model.npz": model,
-        "report.html": report_html(metrics, run.path),
+        "report.html": report_html(metrics),
         "metrics.json": stats.json_bytes(metrics),  # renamed last: it marks a complete run
     }
     run.path.mkdir(parents=True, exist_ok=True)  # it may have been moved away meanwhile
@@ -1705,70 +1771,33 @@ def skipped_bytes(scan: check_data.Scan) -> bytes:
 
 
 # --- the report -----------------------------------------------------------------------------------------------------
+#
+# Drawn from metrics.json alone: the scores on one screen, for the terminal and train.log, and a page with everything.
 
 
-PAGE = """<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>Speech emotion report: UA %(ua).4f, %(n_utterances)d utterances, %(n_speakers)d speakers</title>
-<style>
-:root {{ color-scheme: light dark }}
-pre {{ overflow-x: auto; font: clamp(12px, 1.9vw, 15px)/1.35 Menlo, "DejaVu Sans Mono", Consolas, monospace }}
-</style>
-</head>
-<body>
-<pre>{code}</pre>
-</body>
-</html>
-"""
-
-
-def report_text(metrics, run: Path, file) -> str:
-    """The report for `file`: in colour if that is standard output, on a terminal that has colours."""
-    console = report_console(metrics, file=file, color_system="auto" if file is sys.stdout else None)
-    with console.capture() as captured:  # if rich wrote it, a closed pipe would end the program with status 1
-        draw_report(console, metrics, run)
-    return captured.get()
-
-
-def report_html(metrics, run: Path) -> bytes:
-    """The same report as a self-contained page."""
-    console = report_console(metrics, file=io.StringIO(), record=True)
-    draw_report(console, metrics, run)
-    return console.export_html(inline_styles=True, code_format=PAGE % metrics).encode()
-
-
-def report_console(metrics, **options) -> Console:
-    """A console that never interprets text as markup: many of the texts are file names."""
-    classes = len(metrics["classes"])
-    return Console(
-        width=max(80, 24 + 7 * classes),  # of the confusion matrix, the widest table
-        markup=False,
+def report_text(metrics, page: Path, file) -> str:
+    """The scores for `file`: in colour if that is standard output, on a terminal that has colours."""
+    width = max(80, 24 + 7 * len(metrics["classes"]))
+    if file is sys.stdout and file.isatty():
+        width = max(60, shutil.get_terminal_size().columns)
+    console = Console(
+        file=file,
+        width=width,
+        height=25,  # without it rich takes a dumb terminal to be 80 wide
+        color_system="auto" if file is sys.stdout else None,
+        markup=False,  # many of the texts are file names
         emoji=False,
         highlight=False,
         force_jupyter=False,
-        **options,
     )
-
-
-def draw_report(console: Console, metrics, run: Path) -> None:
-    """Draw the report; everything but the path of the results is in the metrics."""
-    line = "#" if console.options.ascii_only else "\N{BOX DRAWINGS HEAVY HORIZONTAL}"
-
-    def bar(share: float) -> str:
-        return line * round(20 * share)
-
-    console.print(f"\n{report_heading(metrics)}\n", soft_wrap=True)
-    for table in report_tables(metrics, bar):
-        console.print(table)
-    for title, facts in (("run", run_facts(metrics)), ("model card", model_card(metrics))):
-        console.print(f"{title}\n", style="bold")
-        console.print(fact_grid(facts))
-        console.print()
-    # The path is never wrapped, so that it can be copied.
-    console.print(f"  {'results':<17} {printable(str(run))}", soft_wrap=True)
+    with console.capture() as captured:  # if rich wrote it, a closed pipe would end the program with status 1
+        console.print(f"\n{report_heading(metrics)}\n", soft_wrap=True)
+        console.print(score_table(metrics), "")
+        console.print(*confusion_table(metrics, width), "")
+        console.print(note_grid(metrics))
+        # The path is never wrapped, so that it can be copied.
+        console.print(f"report    {printable(str(page))}", soft_wrap=True)
+    return re.sub(r" +(?=(\x1b\[[0-9;]*m)*$)", "", captured.get(), flags=re.MULTILINE)  # rich fills its tables
 
 
 def report_heading(metrics) -> str:
@@ -1780,227 +1809,377 @@ def report_heading(metrics) -> str:
     scheme = printable(metrics["fold_scheme"])
     if not scheme.isdecimal():
         method += f" ({scheme})"
-    return f"{method}\n{metrics['n_utterances']} utterances, {metrics['n_speakers']} speakers, {classes} classes"
+    speakers = "1 speaker" if metrics["n_speakers"] == 1 else f"{metrics['n_speakers']} speakers"
+    return f"{method}\n{metrics['n_utterances']} utterances, {speakers}, {classes} classes"
 
 
-def report_tables(metrics, bar):
-    yield score_table(metrics)
-    yield confusion_table(metrics)
-    if "sweep" in metrics:
-        yield sweep_table(metrics["sweep"])
-    yield group_table(metrics, bar)
-    if metrics["curves"]:
-        yield curve_table(metrics["curves"], bar)
-    yield reliability_table(metrics, bar)
-    if metrics["confident_mistakes"]:
-        yield mistake_table(metrics["confident_mistakes"])
-    if metrics["left_out"]:
-        yield left_out_table(metrics)
-
-
-def new_table(title: str, left, right, last: str | None = None) -> Table:
-    """An empty table with columns of text, of numbers, and of text again; long text is folded, a number never."""
-    heading = Text(title, "bold", overflow="ignore")  # may be wider than the table
-    table = Table(title=heading, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for name in left:
-        table.add_column(name, overflow="fold")
-    for name in right:
-        table.add_column(name, justify="right", no_wrap=True)
-    if last is not None:
-        table.add_column(last, overflow="fold")
+def new_table(*columns: str) -> Table:
+    """A table whose first column is text and whose other columns are numbers."""
+    table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False)
+    for number, name in enumerate(columns):
+        justify = "right" if number else "left"
+        table.add_column(Text(name), justify=justify, no_wrap=True, overflow="crop")
     return table
 
 
 def score_table(metrics) -> Table:
-    table = new_table("scores", ["measure"], ["score", "95 % interval", "chance", "majority"])
-    titles = {
-        "ua": "UA (mean recall)",
-        "wa": "WA (accuracy)",
-        "macro_f1": "macro F1",
-    }
-    for name, title in titles.items():
-        low, high = metrics[f"{name}_ci95"]
-        table.add_row(
-            title,
-            f"{metrics[name]:.4f}",
-            f"{low:.4f} to {high:.4f}",
-            f"{metrics['chance_ua']:.4f}" if name == "ua" else "",
-            f"{metrics[f'majority_{name}']:.4f}",
-        )
+    table = new_table("measure", "  score", "    95 % interval", " chance", " majority")
+    for name, title in SCORES.items():
+        chance = decimal(metrics["chance_ua"]) if name == "ua" else ""
+        majority = decimal(metrics[f"majority_{name}"])
+        table.add_row(title, decimal(metrics[name]), interval(metrics, name, decimal), chance, majority)
     return table
 
 
-def confusion_table(metrics) -> Table:
-    """Class names are cut: the matrix of eight classes fits 80 columns."""
+def decimal(value: float | None, digits: int = 4) -> str:
+    return f"{value:.{digits}f}" if is_number(value) else "-"
+
+
+def interval(metrics, name: str, form) -> str:
+    """The 95 % interval of a score; with too few speakers there is none."""
+    bounds = metrics[f"{name}_ci95"] or [None]
+    return " to ".join(map(form, bounds)) if all(map(is_number, bounds)) else "-"
+
+
+def is_number(value: float | None) -> bool:
+    """Whether there is a score: one without utterances is NaN, which is null in metrics.json."""
+    return value is not None and math.isfinite(value)
+
+
+def confusion_table(metrics, width: int):
+    """Title and table of the confusion matrix, with the scores of each class beside it.
+
+    Counts that are too long for the width become per cent of the row. Where these are too long the matrix is left out.
+    """
     names = [printable(name) for name in metrics["classes"]]
-    columns = [name[:5] for name in names]
-    title = "confusion matrix (rows: true label, columns: prediction)"
-    table = new_table(title, [""], [*columns, "recall"])
-    recalls = metrics["recall"].values()
-    for name, counts, recall in zip(names, metrics["confusion"], recalls):
-        total = max(sum(counts), 1)
-        cells = []
-        for count in counts:
-            style = cell_style(count / total)
-            cells.append(Text(f"{count:>5}", style))
-        table.add_row(name[:12], *cells, f"{recall:.3f}")
-    return table
+    confusion = np.array(metrics["confusion"])
+    share = confusion / np.maximum(confusion.sum(1, keepdims=True), 1)
+    title, cells = "confusion matrix (rows: true label, columns: prediction)", confusion
+    longest, scores_width = max(map(cell_len, names)), 20
+    names_width = min(longest + 3, (width - scores_width) // 5)  # a name may get a number
+    room = min((width - names_width - scores_width) // len(names) - 1, longest)
+    if room < len(str(confusion.max())):
+        title, cells = title.replace("confusion matrix", "confusion, per cent"), (100 * share).round().astype(int)
+    heads = [name[:room] for name in names]
+    if room < len(str(cells.max())):
+        title, cells, heads = "scores by class; the confusion matrix is in the report", cells[:, :0], []
+        names_width = min(longest, width - scores_width)
+    elif len(set(heads)) < len(heads):
+        heads = [str(number + 1) for number in range(len(names))]
+        names = [f"{number} {name}" for number, name in zip(heads, names)]
+    table = new_table("", *heads, "recall", "prec.", "   F1")
+    table.columns[0].max_width = names_width
+    for row, name in enumerate(metrics["classes"]):
+        counts = [Text(f"{cell:>{room}}", cell_style(part)) for cell, part in zip(cells[row], share[row])]
+        scores = [decimal(metrics[score][name], 3) for score in ("recall", "precision", "f1")]
+        table.add_row(names[row], *counts, *scores)
+    return Text(title, "bold"), table
 
 
 def cell_style(share: float) -> str:
-    """Black on a background from grey to orange, which can be seen on light and dark screens.
+    """Black on a background from grey to blue, which can be seen on light and dark screens.
 
     The depth of the colour is the root of the share: most confusions are rare, and would all look alike.
     """
     if not share:
         return ""
     depth = math.sqrt(share)
-    grey, orange = 175, (255, 136, 0)
-    red, green, blue = (round(grey + depth * (channel - grey)) for channel in orange)
+    grey, blue = 175, (80, 180, 255)
+    red, green, blue = (round(grey + depth * (channel - grey)) for channel in blue)
     return f"#000000 on rgb({red},{green},{blue})"
 
 
-def sweep_table(sweep) -> Table:
-    """The settings with the lowest mean validation loss, and how many folds chose each."""
-    best = sweep[:MAX_TABLE_ROWS]
-    title = f"settings by validation loss, best {len(best)} of {len(sweep)} (metrics.json has all)"
-    short = {"setting": "no.", "validation_loss": "loss"}  # or the table would not fit 80 columns
-    columns = [short.get(name, name.replace("_", "\n")) for name in best[0]]
-    table = new_table(title, [], columns)
-    for setting in best:
-        cells = {name: f"{value:g}" for name, value in setting.items()}
-        loss = setting["validation_loss"]
-        cells["validation_loss"] = f"{loss:.4f}"
-        table.add_row(*cells.values())
-    return table
-
-
-def group_table(metrics, bar) -> Table:
-    title = "UA by corpus, gender, intensity and speaker, weakest first"
-    table = new_table(title, ["", "group"], ["n", "UA"], "")
-    fields = metrics["groups"] | {"speaker": metrics["speakers"]}
-    for field, groups in fields.items():
-        limit = 5 if field == "speaker" else MAX_TABLE_ROWS
-        by_ua = sorted(groups.items(), key=lambda item: item[1]["ua"])
-        for name, scores in by_ua[:limit]:
-            ua = scores["ua"]
-            table.add_row(
-                field,
-                printable(name),
-                str(scores["n"]),
-                f"{ua:.3f}",
-                bar(ua),
-            )
-        more = len(groups) - limit
-        if more > 0:
-            table.add_row(field, f"... and {more} more in metrics.json")
-    return table
-
-
-def curve_table(curves, bar) -> Table:
-    title = "validation per epoch: mean, min and max over folds still training (MLP only)"
-    table = new_table(title, [], ["epoch", "folds", "loss", "min", "max", "UA", "min", "max"], "")
-    shown = np.linspace(0, len(curves) - 1, MAX_TABLE_ROWS).astype(int)
-    for place in np.unique(shown):
-        curve = curves[place]
-        loss, ua = curve["validation_loss"], curve["validation_ua"]
-        table.add_row(
-            str(curve["epoch"]),
-            str(curve["folds"]),
-            *(f"{loss[name]:.3f}" for name in ("mean", "low", "high")),
-            *(f"{ua[name]:.3f}" for name in ("mean", "low", "high")),
-            bar(ua["mean"]),
-        )
-    return table
-
-
-def reliability_table(metrics, bar) -> Table:
-    before = f"{metrics['ece_uncalibrated']:.3f} before temperature scaling"
-    title = f"expected calibration error {metrics['ece']:.3f} ({before})"
-    table = new_table(title, ["confidence"], ["n", "mean", "accuracy"], "")
-    for interval in metrics["reliability"]:
-        if not interval["n"]:
-            continue
-        accuracy = interval["accuracy"]
-        table.add_row(
-            f"{interval['low']:.3f} to {interval['high']:.3f}",
-            str(interval["n"]),
-            f"{interval['confidence']:.3f}",
-            f"{accuracy:.3f}",
-            bar(accuracy),
-        )
-    return table
-
-
-def mistake_table(mistakes) -> Table:
-    table = new_table("most confident mistakes", ["label", "predicted"], ["confidence"], "file")
-    for mistake in mistakes:
-        table.add_row(
-            printable(mistake["label"]),
-            printable(mistake["predicted"]),
-            f"{mistake['confidence']:.3f}",
-            printable(mistake["file"]),
-        )
-    return table
-
-
-def left_out_table(metrics) -> Table:
-    table = new_table("files left out, with the first of each code", ["code"], ["n"], "")
-    for code, count in metrics["left_out"].items():
-        first = metrics["left_out_first"][code]
-        reason = f"{first['file']}: {first['reason']}"
-        table.add_row(code, str(count), printable(reason))
-    return table
-
-
-def fact_grid(facts) -> Table:
+def note_grid(metrics) -> Table:
     grid = Table.grid(padding=(0, 1, 0, 0))
-    grid.add_column(no_wrap=True, width=19)
+    grid.add_column(no_wrap=True, width=9)
     grid.add_column(overflow="fold")
-    for title, text in facts:
-        grid.add_row(f"  {title}", printable(text))
+    left_out = sum(metrics["left_out"].values())
+    if left_out:
+        files = "1 file" if left_out == 1 else f"{left_out} files"
+        grid.add_row("left out", f"{files}, listed in skipped.csv")
+    for note in metrics["notes"]:
+        grid.add_row("note", printable(note))
     return grid
+
+
+# --- the report as a page -------------------------------------------------------------------------------------------
+
+PAGE = string.Template("""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
+<title>$title</title>
+<style>
+:root { color-scheme: light; --page: #f4f6f8; --card: #fff; --ink: #1b2027; --soft: #5a6573; --line: #dde2e8;
+  --mark: #1f62b5; --right: #7fb0ea; --wrong: #f3a257; --warn: #fbe3d0 }
+@media screen and (prefers-color-scheme: dark) { :root { color-scheme: dark; --page: #12151a; --card: #1b2027;
+  --ink: #e6e9ed; --soft: #9aa5b3; --line: #333b46; --mark: #74aef5; --right: #235ea8;
+  --wrong: #94500f; --warn: #5a3010 } }
+* { box-sizing: border-box; print-color-adjust: exact }
+body { max-width: 1240px; margin: auto; padding: clamp(12px, 3vw, 40px); background: var(--page); color: var(--ink);
+  font: 15px/1.5 system-ui, Roboto, "Helvetica Neue", Arial, sans-serif; font-variant-numeric: tabular-nums;
+  overflow-wrap: anywhere }
+h1 { margin: 0; font-size: 1.6rem; line-height: 1.25 }
+h2 { margin: 2.2em 0 .6em; font-size: 1.1rem; break-after: avoid }
+p { margin: .3em 0 }
+small, dt, thead th { color: var(--soft) }
+.card, figure { margin: 0 0 14px; padding: 14px 16px; background: var(--card); border: 1px solid var(--line);
+  border-radius: 10px; break-inside: avoid }
+.warn { background: var(--warn); font-weight: 600 }
+.grid { display: grid; grid-template-columns: repeat(auto-fit, minmax(200px, 1fr)); gap: 0 14px; margin-top: 18px }
+.grid b { display: block; font-size: 2.3rem; font-weight: 600; line-height: 1.3 }
+.columns { columns: 310px; column-gap: 14px }
+figcaption { margin-bottom: 8px; line-height: 1.35 }
+figcaption small { display: block }
+svg { display: block; width: 100%; overflow: visible; font-size: 11px }
+text { fill: var(--soft) }
+.name { fill: var(--ink) }
+.end { text-anchor: end }
+.middle { text-anchor: middle }
+path, polyline { fill: none; stroke: var(--line) }
+.line { stroke: var(--mark); stroke-width: 2 }
+.band { fill: var(--mark); fill-opacity: .2; stroke: none }
+.bars { fill: var(--line); stroke: none }
+.chance { stroke: var(--soft); stroke-dasharray: 3 3 }
+circle { fill: var(--mark) }
+table { width: 100%; border-collapse: collapse; line-height: 1.35 }
+td, th { min-width: 5em; padding: 5px 8px 5px 0; text-align: left; vertical-align: top;
+  border-top: 1px solid var(--line) }
+.matrix { container-type: inline-size }
+.heat { margin-top: 8px; table-layout: fixed; font-size: min(14px, 26cqw / var(--classes)); line-height: 1.2 }
+.heat td, .heat th { min-width: 0; padding: .35em .1em; border: .07em solid var(--card); text-align: center;
+  vertical-align: middle; overflow: hidden; text-overflow: ellipsis; white-space: nowrap }
+.heat tbody th { padding-right: .6em; text-align: right }
+.heat thead th { writing-mode: vertical-rl; transform: rotate(180deg); max-height: 9em; text-align: left }
+.heat small { display: block; color: inherit }
+.right { background: color-mix(in srgb, var(--right) var(--depth), transparent) }
+.wrong { background: color-mix(in srgb, var(--wrong) var(--depth), transparent) }
+dl { display: grid; grid-template-columns: fit-content(30%) 1fr; gap: 4px 14px; margin: 0 }
+dd { margin: 0 }
+summary { cursor: pointer; font-weight: 600 }
+@page { size: A4; margin: 13mm }
+@media print { body { padding: 0; background: none; font-size: 12px } }
+</style>
+</head>
+<body>
+$body
+</body>
+</html>
+""")
+
+
+def report_html(metrics) -> bytes:
+    """Everything as a page that needs no other file, no script and no network."""
+    metrics = without_folders(metrics)
+    title = f"Speech emotion recognition: {metrics['settings'].get('directory', 'report')}"
+    method, size = report_heading(metrics).splitlines()
+    body = [f"<h1>{escape(title)}</h1><p>{escape(method)}</p><p><small>{escape(size)}</small></p>"]
+    if not metrics["speaker_independent"]:
+        body.append(f"<p class='card warn'>{NOT_INDEPENDENT}</p>")
+    body.append(f"<div class=grid>{''.join(tile(metrics, name) for name in SCORES)}</div>")
+    body.append(f"<p class=card>{escape(citation(metrics))}</p>")
+    body += [f"<p class=card>Note: {escape(note)}</p>" for note in metrics["notes"]]
+    body += [f"<h2>{heading}</h2>{content}" for heading, content in page_sections(metrics) if content]
+    run = {name: metrics[name] for name in ("command", "device", "seconds")} | metrics["versions"]
+    for heading, values in (("Settings", metrics["settings"]), ("Run and versions", run)):
+        body.append(f"<details class=card><summary>{heading}</summary>{facts(values)}</details>")
+    return PAGE.substitute(title=escape(title), body="\n".join(body)).encode()
+
+
+def page_sections(metrics):
+    """The heading and HTML of each section; one without content is left out of the page."""
+    yield "Confusion matrix", heat_map(metrics)
+    charts = "".join((*dot_charts(metrics), *line_charts(metrics)))
+    yield "Speakers, training and calibration", f"<div class=columns>{charts}</div>"
+    mistakes = [row | {"confidence": f"{percent(row['confidence'])} %"} for row in metrics["confident_mistakes"]]
+    columns = ("label", "predicted", "confidence", "file")
+    yield "Most confident mistakes", page_table(columns, [[row[name] for name in columns] for row in mistakes])
+    first = {code: f"{found['file']}: {found['reason']}" for code, found in metrics["left_out_first"].items()}
+    left_out = [(code, count, first[code]) for code, count in metrics["left_out"].items()]
+    yield "Files left out", page_table(("code", "files", "the first of them"), left_out)
+    settings = []
+    for row in metrics.get("sweep", []):
+        drawn = {name: f"{row[name]:.4g}" for name in row if name in SWEEP}
+        settings.append((row["setting"], decimal(row["validation_loss"], 3), row["folds"], listed(drawn)))
+    yield "Settings tried, best first", page_table(("no.", "loss", "folds", "setting"), settings)
+    yield "Model card", f"<div class=card>{facts(model_card(metrics))}</div>"
+
+
+def escape(value) -> str:
+    """Text for the page, whatever characters are in it."""
+    return html.escape(printable(str(value)))
+
+
+def percent(value: float | None, digits: int = 1) -> str:
+    return decimal(value and 100 * value, digits)
 
 
 def listed(values) -> str:
     return ", ".join(f"{name} {value}" for name, value in values.items())
 
 
-def run_facts(metrics):
-    recalls = [f"{fold['ua']:.3f}" for fold in metrics["folds"]]
-    if len(recalls) > MAX_TABLE_ROWS:
-        recalls[MAX_TABLE_ROWS:] = ["..."]
-    yield "UA per fold", " ".join(recalls)
-    left_out = sum(metrics["left_out"].values())
-    files = "1 file" if left_out == 1 else f"{left_out} files"
-    if left_out:
-        files += ", listed in skipped.csv"
-    yield "left out", files
-    for note in metrics["notes"]:
-        yield "note", note
-    yield "command", metrics["command"]
-    yield "settings", listed(metrics["settings"])
-    yield "device", metrics["device"]
-    yield "versions", listed(metrics["versions"])
-    yield "seconds", f"{metrics['seconds']:.1f}"
+def without_folders(metrics):
+    """The metrics without the folders of this machine: the page may be passed on."""
+    paths = [path for path in metrics["settings"].values() if isinstance(path, str) and os.path.isabs(path)]
+    text = json.dumps(metrics)
+    for path in sorted(paths, key=len, reverse=True):
+        text = text.replace(json.dumps(path)[1:-1], json.dumps(Path(path).name)[1:-1])
+    return json.loads(text)
+
+
+def tile(metrics, name: str) -> str:
+    if name == "ua":
+        base = f"chance {percent(metrics['chance_ua'])} %"
+    else:
+        base = f"majority class {percent(metrics[f'majority_{name}'])} %"
+    notes = f"<small>95 % interval {interval(metrics, name, percent)} %<br>{base}</small>"
+    return f"<div class=card>{SCORES[name]}<b>{percent(metrics[name])} %</b>{notes}</div>"
+
+
+def citation(metrics) -> str:
+    """The scores as a sentence for a paper."""
+    method, size = report_heading(metrics).splitlines()
+    scores = []
+    for name, title in SCORES.items():
+        bounds = interval(metrics, name, percent)
+        scores.append(f"{title} {percent(metrics[name])} % (95 % CI {bounds})")
+    chance = f"chance UA is {percent(metrics['chance_ua'])} %"
+    return f"{method}, {size}: {', '.join(scores)}. Intervals are from a bootstrap over speakers; {chance}."
+
+
+def heat_map(metrics) -> str:
+    """The confusion matrix as a table. The colour of a mistake is the root of its share: most mistakes are rare."""
+    classes = [escape(name) for name in metrics["classes"]]
+    heads = [f"<th scope=col title='{name}'>{name}" for name in (*classes, "recall", "precision", "F1")]
+    rows = []
+    for row, (name, counts) in enumerate(zip(metrics["classes"], metrics["confusion"])):
+        cells = [f"<th scope=row title='{classes[row]}'>{classes[row]}"]
+        for column, count in enumerate(counts):
+            share = count / max(sum(counts), 1)
+            kind, depth = ("right", share) if column == row else ("wrong", math.sqrt(share))
+            title = f"{classes[row]} as {classes[column]}: {count} of {sum(counts)}"
+            text = f"{100 * share:.0f}<small>{count}</small>" if count else ""
+            cells.append(f"<td class={kind} style='--depth:{depth:.0%}' title='{title}'>{text}")
+        cells += [f"<td>{percent(metrics[score][name], 0)}" for score in ("recall", "precision", "f1")]
+        rows.append(f"<tr>{''.join(cells)}")
+    return (
+        "<div class='card matrix'><small>Rows are true labels, columns predictions: per cent of the row, and below it"
+        f" utterances. Recall, precision and F1 are those of the row's class, in per cent.</small><table class=heat"
+        f" style='--classes:{len(classes)}'><colgroup><col style='width:17%'><col span={len(classes)}><col span=3"
+        f" style='width:7%'></colgroup><thead><tr><td>{''.join(heads)}</thead>{''.join(rows)}</table></div>"
+    )
+
+
+def dot_charts(metrics):
+    """UA of every test speaker, fold and group."""
+    speakers = sorted(metrics["speakers"].items(), key=lambda item: item[1]["ua"] or 0)
+    yield dot_chart("UA by test speaker, %", dict(speakers), metrics)
+    folds = {f"fold {number}": fold for number, fold in enumerate(metrics["folds"], 1)}
+    yield dot_chart("UA by fold, %", folds, metrics)
+    groups = {f"{field} {name}": group for field, named in metrics["groups"].items() for name, group in named.items()}
+    yield dot_chart("UA by corpus, gender and intensity, %", groups, metrics)
+
+
+def dot_chart(title: str, groups, metrics) -> str:
+    """A row for each group, with lines at chance and at the score of all; among very many, only some are named."""
+    scores = {name: group["ua"] for name, group in groups.items() if is_number(group["ua"])}
+    if not scores:
+        return ""
+    pitch = max(3, min(18, 1000 / len(scores)))
+    height, step = 30 + pitch * len(scores), math.ceil(14 / pitch)
+    parts = []
+    for name, top, score in (("chance", 9, metrics["chance_ua"]), ("all", 22, metrics["ua"])):
+        if is_number(score):
+            x = f"{130 + 165 * score:.1f}"
+            parts.append(f"<text class=middle x={x} y={top}>{name} {percent(score)}</text>")
+            parts.append(f"<path class=chance d='M{x} 26V{height}' />")
+    for row, (name, ua) in enumerate(scores.items()):
+        x, y = 130 + 165 * ua, 30 + pitch * (row + 0.5)
+        dot = f"<circle cx={x:.1f} cy={y:.1f} r={min(4.5, pitch / 2):.1f} />"
+        parts.append(f"<g><title>{escape(name)}: {percent(ua)}</title><path d='M130 {y:.1f}H295' />{dot}</g>")
+        if row % step == 0:
+            short = name if len(name) <= 20 else f"{name[:10]}…{name[-9:]}"
+            parts.append(f"<text class='end name' x=122 y={y + 4:.1f}>{escape(short)}</text>")
+            parts.append(f"<text class=end x=338 y={y + 4:.1f}>{percent(ua)}</text>")
+    low, high = min(scores, key=scores.get), max(scores, key=scores.get)
+    return figure(title, f"lowest {low}, highest {high}", height, parts)
+
+
+def figure(title: str, sentence: str, height: float, parts) -> str:
+    """A chart 340 units wide; the sentence is for those who cannot see it too."""
+    title, sentence = escape(title), escape(sentence)
+    return (
+        f"<figure><figcaption><b>{title}</b><small>{sentence}</small></figcaption><svg viewBox='0 0 340 {height:.0f}'"
+        f" role=img><title>{title}</title><desc>{sentence}</desc>{''.join(parts)}</svg></figure>"
+    )
+
+
+def line_charts(metrics):
+    """Validation UA and loss by epoch, and accuracy by confidence."""
+    for name, title, unit in (("validation_ua", "Validation UA, %", 100), ("validation_loss", "Validation loss", 1)):
+        curves = [(row["epoch"], row[name]) for row in metrics["curves"] if all(map(is_number, row[name].values()))]
+        if curves:
+            mean, low, high = ([(x, unit * curve[part]) for x, curve in curves] for part in ("mean", "low", "high"))
+            top = 100 if unit == 100 else math.ceil(2 * max(y for _, y in high)) / 2 or 1
+            last = 5 * math.ceil(mean[-1][0] / 5)
+            change = f"from {mean[0][1]:.3g} to {mean[-1][1]:.3g}"
+            sentence = f"{change}; mean and range of the folds still training, MLP part only"
+            yield figure(f"{title}, by epoch", sentence, 204, axes(last, top, {"band": low + high[::-1], "line": mean}))
+    bins = [row for row in metrics["reliability"] if row["n"]]
+    bars, most = [], max((row["n"] for row in bins), default=0)
+    for row in bins:
+        left, right, top = 100 * row["low"], 100 * row["high"], 40 * row["n"] / most
+        bars += [(left, 0), (left, top), (right, top), (right, 0)]
+    line = [(100 * row["confidence"], 100 * row["accuracy"]) for row in bins]
+    error = f"expected calibration error {percent(metrics['ece'])} %, {percent(metrics['ece_uncalibrated'])} % before"
+    sentence = f"{error} temperature scaling; grey: how many predictions have that confidence"
+    marks = {"bars": bars, "chance": [(0, 0), (100, 100)], "line": line}
+    yield figure("Accuracy by confidence, %", sentence, 204, axes(100, 100, marks))
+
+
+def axes(x_high: float, y_high: float, marks) -> list[str]:
+    """Lines and areas on axes from 0, with a tick at each fifth; the names of the marks are classes of the style."""
+
+    def place(x: float, y: float):
+        return 34 + 296 * x / x_high, 180 - 170 * y / y_high
+
+    parts = []
+    for fifth in range(6):
+        tick = x_high * fifth / 5, y_high * fifth / 5
+        x, y = place(*tick)
+        parts.append(f"<path d='M34 {y:.1f}H330' /><text class=end x=28 y={y + 4:.1f}>{tick[1]:.3g}</text>")
+        parts.append(f"<text class=middle x={x:.1f} y=198>{tick[0]:.3g}</text>")
+    for kind, values in marks.items():
+        points = [f"{x:.1f},{y:.1f}" for x, y in (place(*value) for value in values)]
+        parts.append(f"<polyline class='{kind}' points='{' '.join(points)}' />")
+    return parts
+
+
+def page_table(columns, rows) -> str:
+    """A table, or nothing without rows."""
+    head = "".join(f"<th scope=col>{name}" for name in columns)
+    body = ["<tr>" + "".join(f"<td>{escape(cell)}" for cell in row) for row in rows]
+    return f"<div class=card><table><thead><tr>{head}</thead>{''.join(body)}</table></div>" if rows else ""
+
+
+def facts(values) -> str:
+    return f"<dl>{''.join(f'<dt>{escape(name)}<dd>{escape(value)}' for name, value in values.items())}</dl>"
 
 
 def model_card(metrics):
-    """What the scores and the model are good for, for readers who have only the report."""
-    corpora = metrics["groups"]["corpus"].items()
-    files = listed({name: scores["n"] for name, scores in corpora})
-    classes = ", ".join(metrics["classes"])
-    yield "data", f"{metrics['n_utterances']} utterances ({files}) of {classes}"
-    if metrics["speaker_independent"]:
-        yield "speakers", f"{metrics['n_speakers']}, each tested with models that were not trained on that speaker"
-        tested = "unseen speakers"
-    else:
-        yield "speakers", "NOT speaker-independent: training and test may share speakers; the scores are optimistic"
-        tested = "speakers who may be in the training data"
-    yield "intended use", "comparing features and settings, and fusion with other modalities; not judging people"
-    yield "UA measures", f"the mean recall over the classes, for {tested} in recordings like these"
-    yield "not measured", "recognition of felt emotions: speech in such corpora is mostly acted"
-    yield "not tested", "other languages, microphones and rooms"
+    """What the scores and the model are good for, for readers who have only the page."""
+    corpora = listed({name: scores["n"] for name, scores in metrics["groups"]["corpus"].items()})
+    tested = "unseen speakers" if metrics["speaker_independent"] else "speakers who may be in the training data"
+    return {
+        "data": f"{metrics['n_utterances']} utterances ({corpora}) of {', '.join(metrics['classes'])}",
+        "statistics": metrics["statistics"],
+        "intended use": "comparing features and settings, and fusion with other modalities; not judging people",
+        "UA measures": f"the mean recall over the classes, for {tested} in recordings like these",
+        "not measured": "recognition of felt emotions: speech in such corpora is mostly acted",
+        "not tested": "other languages, microphones and rooms",
+    }
 
 
 # --- the results folder: lock and checkpoints -----------------------------------------------------------------------
@@ -2363,7 +2542,8 @@ def run_prediction(config: Config) -> int:
                 utterances.append(utterance)
                 yield frames
 
-    answers = Answers.of(model.ensemble, model.temperature, usable_features())
+    with live_log():
+        answers = Answers.of(model.ensemble, model.temperature, usable_features())
     scan.findings.sort()
     for line in check_data.findings_report(scan):
         log.info(line)

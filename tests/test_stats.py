@@ -1082,6 +1082,14 @@ def test_certainty_and_rounding_beyond_it_are_in_the_last_bin_and_zero_in_the_fi
     assert np.flatnonzero(found["n"]).tolist() == [place]
 
 
+def test_a_class_has_a_recall_a_precision_and_an_f1():
+    label, predicted = np.array([0, 0, 0, 1, 1]), np.array([0, 0, 1, 1, 3])
+    by_class = stats.class_scores(stats.confusion_matrix(label, predicted, 4), ("a", "b", "c", "d"))
+    assert by_class["recall"] == {"a": 2 / 3, "b": 1 / 2, "c": 0, "d": 0}
+    assert by_class["precision"] == {"a": 1, "b": 1 / 2, "c": 0, "d": 0}
+    assert by_class["f1"] == {"a": 4 / 5, "b": 1 / 2, "c": 0, "d": 0}
+
+
 # --- all metrics together ---
 
 
@@ -1122,6 +1130,7 @@ def test_each_metric_is_that_of_its_own_function():
             "angry": 0,
             "calm": 1,
         },
+        **{name: values for name, values in stats.class_scores(confusion, CLASSES).items() if name != "recall"},
         "n_utterances": 120,
         "confusion": confusion.tolist(),
         "speakers": stats.group_scores(speaker, label, predicted, 4),
