@@ -110,6 +110,14 @@ def test_a_run_of_bad_steps_that_ends_training_is_not_forgotten(population):
     assert state.bad_steps == train.MAX_BAD_STEPS
 
 
+def test_a_batch_of_common_classes_alone_counts(population):
+    """Class weights below 1 may sum to less than 1."""
+    step, (x, label, weight) = step_of(population)
+    member = population.member(0)
+    _, (worked, _, _) = step(member, population.first_state(member), (x, label, weight / 100), (population.key, 0.0))
+    assert worked == 1
+
+
 @pytest.mark.parametrize("idle", ["stopped", "padding"])
 @pytest.mark.parametrize("fault", [None, "NaN"])
 def test_a_member_that_has_stopped_or_has_only_padding_does_not_work(population, idle, fault):
@@ -530,6 +538,11 @@ def test_small_sets_get_smaller_batches_and_large_ones_the_batch_of_the_options(
     assert population.members.train.shape[1:] == (batch, -(-largest // batch))
     config = dataclasses.replace(SMALL, batch=3)
     assert train.set_up(experiment_of(population.dataset, config))[2].train.shape[1] == 3
+
+
+def test_no_batch_is_smaller_than_two(population, monkeypatch):
+    monkeypatch.setattr(train, "MIN_STEPS_PER_EPOCH", 1000)
+    assert train.set_up(experiment_of(population.dataset, SMALL))[2].train.shape[1] == 2
 
 
 @pytest.mark.parametrize(("options", "mixup"), [({}, False), ({"mixup": 0.1}, True), ({"sweep": 2}, True)])
