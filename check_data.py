@@ -6,6 +6,11 @@
 Exit status: 0 all good, 1 problems found, 2 wrong usage or nothing to work on. Needs numpy only; never imports jax.
 """
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # nohup and `&` ignore it
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # first of all: Python's own handler would print a traceback
+
 import argparse
 import collections
 import csv
@@ -34,6 +39,7 @@ KEYS = ("emb", "embedding", "features", "wav2vec")
 _LABEL_WORDS = ("label", "emotion", "target", "class", "speaker")
 
 MAX_ARRAY_BYTES = 1 << 28  # an hour at 50 frames per second of 373 float32 values; utterances last seconds
+MAX_CLASSES, MAX_CLASS_NAME = 100, 100  # emotions, and characters in each
 _MAX_ENTRIES = 1000  # a damaged count must not keep the reader busy
 
 # The zip records that are read, little-endian (PKWARE APPNOTE 4.3.7, 4.3.12 and 4.3.16).
@@ -114,6 +120,7 @@ class Features(NamedTuple):
     array_names: tuple[str, ...]  # all arrays in the file
     crc: int
     rms: float  # root mean square of the values
+    bit_sum: int  # of the float32 values, as integers
     stored_shape: tuple[int, ...]  # in the file, with a leading axis and before transposing
 
 
@@ -211,6 +218,8 @@ def _read_directory(blob: bytes) -> list[ZipEntry]:
         position != directory_end or (entries[-1].next if entries else 0) != start
     ):  # no checksum would cover the bytes between
         raise _bad_zip("gaps around the directory")
+    if len({entry.name for entry in entries}) < len(entries):
+        raise _bad_zip("it has two arrays of one name")
     return entries
 
 
@@ -365,7 +374,8 @@ def read_features(path: str | Path, transpose: bool = False, nan_to_zero: bool =
     if flat.size > 1 and flat[0] == flat[-1] and flat.min() == flat.max():  # the ends first: the rest takes longer
         raise DataError("constant", f"all {flat.size} values are {flat[0]:g}: the feature extraction failed")
     rms = math.sqrt(square / flat.size)
-    return Features(array, entry.name, _dtype_name(stored.dtype), names, entry.crc, rms, shape)
+    bit_sum = int(flat.view(np.uint32).sum(dtype=np.uint64))
+    return Features(array, entry.name, _dtype_name(stored.dtype), names, entry.crc, rms, bit_sum, shape)
 
 
 _dtype_name = functools.cache(lambda dtype: dtype.name)  # numpy builds the name at every access
@@ -408,9 +418,19 @@ def read_arrays(path: str | Path, limit: int = 1 << 34, kinds: str = "f") -> dic
     return parse_arrays(stats.read_bytes(path, limit), limit, kinds)
 
 
-def parse_arrays(blob: bytes, limit: int = 1 << 34, kinds: str = "f") -> dict[str, np.ndarray]:
-    """As `read_arrays`, from the bytes of the file; no array may be inflated to more than `limit` bytes."""
+def parse_arrays(
+    blob: bytes, limit: int = 1 << 34, kinds: str = "f", names: Iterable[str] | None = None
+) -> dict[str, np.ndarray]:
+    """As `read_arrays`, from the bytes of the file; all arrays together may be inflated to at most `limit` bytes.
+
+    `names`, if given, are exactly those of the arrays: otherwise none of them is read.
+    """
     entries = _read_directory(blob)
+    total = sum(entry.size for entry in entries)
+    if total > limit:
+        raise DataError("too-large", f"declares arrays of {total} bytes; the limit is {limit}")
+    if names is not None and {entry.name for entry in entries} != set(names):
+        raise DataError("no-array", "does not hold the arrays that belong into it")
     return {entry.name: stats.npy_array(_extract(blob, entry, limit), kinds) for entry in entries}
 
 
@@ -450,6 +470,7 @@ REMEDIES = {
     "duplicate-speaker": "find out which speaker is right and remove the other file",
     "transposed": "save it as (T, D), or transpose all sequences with --transpose",
     "other-width": "extract all features with one encoder, or choose a width with --dim",
+    "overflow": "its features are of another kind or damaged; extract them again",
     "other-encoder": "extract it with the encoder that the model was trained with",
 }
 
@@ -493,7 +514,7 @@ class ScanOptions:
             raise UsageError("DIR must not be empty")
         object.__setattr__(self, "merge", tuple(self.merge))  # argparse gives a list; the dataclass is frozen
         _parse_merges(self.merge)
-        require(self.dim is None or self.dim >= 1, "dim", "at least 1")
+        require(self.dim is None or 1 <= self.dim <= MAX_ARRAY_BYTES, "dim", "at least 1, and no more than a file has")
         require(self.pattern != "", "pattern", "non-empty")
         require(self.labels != "", "labels", "non-empty")
         require(not (self.pattern and self.labels), "pattern", "used without --labels")
@@ -538,6 +559,7 @@ class Record:
     dtype: str
     crc: int
     rms: float
+    bit_sum: int
 
     @property
     def file(self) -> str:
@@ -561,7 +583,7 @@ class Scan:
     other_files: collections.Counter = dataclasses.field(default_factory=collections.Counter)  # by extension
     other_arrays: collections.Counter = dataclasses.field(default_factory=collections.Counter)  # by name
     stored: stats.Stored | None = None
-    fingerprint: str = ""  # of the names and contents of the files
+    fingerprint: str = ""  # of the names and contents of the files that are used
     reshapes_vectors: bool = False  # whether flat vectors of T * D values are reshaped to (T, D)
 
     @property
@@ -612,13 +634,15 @@ _CHECKPOINT_FILES = {"checkpoint-0.npz", "checkpoint-1.npz"}
 
 def _walk(folder: Path, scan: Scan) -> Iterator[str]:
     """Yield the NPZ files below a folder as relative paths, and count what is ignored."""
-    pending, visited = [""], set()
-    while pending:
-        relative = pending.pop()
+    # Folders that are reached by a link come after all real ones: otherwise the order of the directory would decide
+    # which name a folder gets that has two.
+    pending, linked, visited = [""], [], set()
+    while pending or linked:
+        relative = pending.pop(0) if pending else linked.pop(0)
         path = os.path.join(folder, relative)
         try:
             status = os.stat(path)
-            entries = list(os.scandir(path))
+            entries = sorted(os.scandir(path), key=lambda entry: entry.name)
         except OSError as error:
             scan.findings.append(Finding(relative, "unreadable", f"the folder cannot be read: {error.strerror}"))
             continue
@@ -639,9 +663,14 @@ def _walk(folder: Path, scan: Scan) -> Iterator[str]:
                 else:
                     yield file
             elif _is_folder(entry):
-                pending.append(file)
+                (linked if entry.is_symlink() else pending).append(file)
             elif entry.name not in (stats.MEAN_FILE, stats.STD_FILE, stats.MANIFEST_FILE):
                 scan.other_files[os.path.splitext(entry.name)[1].lower() or entry.name] += 1
+
+
+def holds_features(folder: Path, subfolders: bool = True) -> bool:
+    """Whether a folder, or one of its subfolders, has NPZ files other than the results of runs."""
+    return any(subfolders or os.sep not in file for file in _walk(folder, Scan(folder)))
 
 
 # --- labels ---
@@ -685,7 +714,7 @@ def _label_by_name(file: str, parsed: emotions.Utterance | ValueError) -> Labell
 def _label_by_pattern(files: list[str], text: str) -> Iterator[Labelled | DataError]:
     try:
         pattern = re.compile(text)
-    except re.error as error:
+    except (re.error, OverflowError, RecursionError) as error:
         raise UsageError(f"--pattern is not a valid regular expression: {error}") from None
     if "emotion" not in pattern.groupindex:
         raise UsageError("--pattern needs a group (?P<emotion>...), and (?P<speaker>...) if the names have the speaker")
@@ -730,14 +759,25 @@ class EmotionFilter:
     def __init__(self, options: ScanOptions, model_merge: tuple[str, ...] = ()):
         merges = _parse_merges(options.merge)
         self.merges = _parse_merges(model_merge) | merges  # the options override the model
+        for emotion in self.merges:
+            self._merged(emotion)  # raises now, and not only once a file has it
         self.classes = None if options.classes is None else _parse_emotions(options.classes)
         self.requested = (*merges, *(self.classes or ()))
         self.seen: set[str] = set()
 
     def __call__(self, emotion: str) -> str | None:
-        merged = self.merges.get(emotion, emotion)
-        self.seen |= {emotion, merged}
+        *steps, merged = self._merged(emotion)
+        self.seen |= {*steps, merged}
         return merged if self.classes is None or merged in self.classes else None
+
+    def _merged(self, emotion: str) -> list[str]:
+        """The emotion and all that it becomes in turn: calm=neutral and neutral=other make calm other."""
+        chain = [emotion]
+        while chain[-1] in self.merges:
+            chain.append(self.merges[chain[-1]])
+            if chain[-1] in chain[:-1]:
+                raise UsageError(f"--merge goes in a circle: {printable(' = '.join(chain))}")
+        return chain
 
     def check_requested(self) -> None:
         """Raise a UsageError if no file has an emotion that the user requested; a typo would have no effect."""
@@ -781,12 +821,10 @@ def _majority_width(shapes: collections.Counter) -> int | None:
 
 
 def _statistics_width(result: Scan, options: ScanOptions) -> int | None:
-    """The width given by the statistics files: the user's always count, ours only if they are for these files."""
-    if result.stored is None or result.statistics_are_stale:
+    """The width given by the user's statistics files; those that a run has saved bind nothing."""
+    if result.stored is None or not result.stored.user_supplied:
         return None
     width = result.stored.statistics.mean.size
-    if not result.stored.user_supplied:
-        return width
     if options.dim not in (None, width):
         raise _statistics_conflict(width, f"--dim is {options.dim}")
     shapes = {record.shape for record in result.records}
@@ -893,7 +931,8 @@ def _read_files(
         if emotion != utterance.emotion:
             utterance = dataclasses.replace(utterance, emotion=emotion)
         array, key = features.array, features.key
-        record = Record(utterance, label.source, array.shape, key, features.dtype, features.crc, features.rms)
+        found = features.dtype, features.crc, features.rms, features.bit_sum
+        record = Record(utterance, label.source, array.shape, key, *found)
         result.records.append(record)
         result.other_arrays.update(name for name in features.array_names if name != key)
         result.n_leading_axis += len(features.stored_shape) > array.ndim
@@ -970,8 +1009,6 @@ def _read_fitting(path: Path, options: ScanOptions, result: Scan, rms: float) ->
 
 def finalize_scan(result: Scan, options: ScanOptions, moments: dict[int, stats.RunningMoments]) -> None:
     """Determine what depends on the whole set: its width, outliers, duplicates and notes."""
-    # The fingerprint comes first: it determines whether the statistics files belong to these files, and give the width.
-    result.fingerprint = _fingerprint(result.records)
     shapes = collections.Counter(record.shape for record in result.records)
     statistics_width = _statistics_width(result, options)
     known_width = options.dim or statistics_width
@@ -988,13 +1025,15 @@ def finalize_scan(result: Scan, options: ScanOptions, moments: dict[int, stats.R
     if outliers:  # they are in the moments, which cannot be corrected without reading the files again
         result.moments = None
     result.leave_out(_find_duplicates(result, options))
+    result.fingerprint = _fingerprint(result)
     result.notes += sorted(_notes(result))
     result.findings.sort()
 
 
-def _fingerprint(records: list[Record]) -> str:
-    """Hash the names, shapes and checksums of the files."""
-    listing = "\n".join(f"{record.file!r} {record.shape} {record.crc}" for record in records)
+def _fingerprint(result: Scan) -> str:
+    """Hash the width, and the names, shapes and checksums of the files that are used."""
+    listing = "\n".join(f"{record.file!r} {record.shape} {record.crc}" for record in result.records)
+    listing = f"{result.dim}\n{listing}"
     return hashlib.sha256(listing.encode()).hexdigest()[:16]
 
 
@@ -1016,12 +1055,8 @@ def scale_fault(rms: float, typical: float) -> tuple[str, str] | None:
 
 def _find_duplicates(result: Scan, options: ScanOptions) -> dict[str, tuple[str, str]]:
     """Find files with identical features; return those to leave out, with code and reason, and note the others."""
-    by_content = collections.defaultdict(list)
-    for record in result.records:
-        by_content[record.crc, record.shape, record.dtype].append(record)
     reasons, harmless = {}, []
-    for first, *others in by_content.values():
-        others = [other for other in others if _same_features(result.directory, options, first, other)]
+    for first, *others in _equal_features(result, options):
         group = [first, *others]
         speakers = {record.utterance.speaker for record in group}
         if len({record.utterance.emotion for record in group}) > 1:
@@ -1044,13 +1079,26 @@ def _find_duplicates(result: Scan, options: ScanOptions) -> dict[str, tuple[str,
     return reasons
 
 
+def _equal_features(result: Scan, options: ScanOptions) -> Iterator[list[Record]]:
+    """Groups of two or more files with the same float32 numbers, in whatever type and shape they are stored."""
+    candidates = collections.defaultdict(list)
+    for record in result.records:
+        candidates[math.prod(record.shape), record.bit_sum].append(record)
+    for pending in candidates.values():
+        while len(pending) > 1:  # equal sums are rarely chance, but a sequence read backwards has the same
+            first, *others = pending
+            equal = [other for other in others if _same_features(result.directory, options, first, other)]
+            pending = [other for other in others if other not in equal]
+            if equal:
+                yield [first, *equal]
+
+
 def _same_features(directory: Path, options: ScanOptions, *pair: Record) -> bool:
-    """Compare two files with equal checksums, because a CRC-32 can agree by chance."""
     try:
         arrays = [read_features(directory / r.file, options.transpose, options.nan_to_zero).array for r in pair]
     except DataError:  # changed or removed since the scan
         return False
-    return np.array_equal(*arrays)
+    return np.array_equal(*(array.reshape(-1) for array in arrays))
 
 
 def _notes(result: Scan) -> Iterator[Note]:
@@ -1168,6 +1216,9 @@ def blockers(result: Scan) -> list[str]:
     classes = result.count("emotion")
     if len(classes) < 2:
         return [f"all files have the same emotion ({printable(next(iter(classes)))}); add files with another one"]
+    if len(classes) > MAX_CLASSES or max(map(len, classes)) > MAX_CLASS_NAME:
+        question = "is the label an id or a text? Use --classes to keep the emotions"
+        return [f"{len(classes)} emotions, of up to {max(map(len, classes))} characters: {question}"]
     if len(result.records) < 10:
         return [f"{len(result.records)} usable files are too few to train and test on; add more"]
     return []
@@ -1327,7 +1378,7 @@ def main(arguments: list[str] | None = None) -> int:
 def run_cli(program: Callable[[], int]) -> int:
     """Run a program, so that problems with its output never cause a traceback; return its exit status.
 
-    The status is 141 for a closed pipe, 130 after Ctrl-C, and 1 if the output cannot be written.
+    The status is 141 for a closed pipe, and 1 if the output cannot be written.
     """
     sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115  (None under pythonw, or if closed by the caller)
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
@@ -1336,9 +1387,6 @@ def run_cli(program: Callable[[], int]) -> int:
             stream.reconfigure(errors="backslashreplace")
     try:
         return program()
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr, flush=True)
-        os._exit(130)  # an ordinary exit waits for a running compilation, or crashes in it
     except OSError as error:
         if not isinstance(error, BrokenPipeError):
             print(f"cannot write the output: {error.strerror}", file=sys.stderr)

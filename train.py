@@ -15,11 +15,19 @@ Axes: P population (settings x folds and the final model x seeds), S seeds, K fo
 D features, W hidden width, C classes, E epochs; F frames of all sequences together.
 """
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # nohup and `&` ignore it
+    # Any kill is safe at any moment (see RunFolder), so Ctrl-C needs no handler. Python's own would wait for the end of
+    # a compilation, and print a traceback; first of all, because the other imports take time too.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import concurrent.futures
 import contextlib
 import ctypes
 import dataclasses
+import errno
 import glob
 import hashlib
 import html
@@ -35,19 +43,14 @@ import platform
 import re
 import shlex
 import shutil
-import signal
 import stat
 import string
 import sys
 import time
+import warnings
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
-
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # nohup and `&` ignore it
-    # Any kill is safe at any moment (see RunFolder), so Ctrl-C needs no handler. Python's own would wait for the end of
-    # a compilation, and print a traceback.
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 # Each thread of `train` factors a covariance of its own: threads of OpenBLAS inside it would wait for each other. It
 # reads this when numpy is imported.
@@ -87,10 +90,18 @@ MIN_VARIANCE = 1e-6  # of a pooled frame sequence, after normalisation: the root
 MEASURES = ("loss", "gradient_norm", "validation_loss", "validation_ua")  # of an epoch of a member
 HISTORY = dict.fromkeys(MEASURES, np.float32) | {"active": np.bool_, "skipped": np.int32}
 ARTIFACT_VERSION = 4  # of config.json and model.npz
-TRAINING_VERSION = 5  # raised when old checkpoints would continue differently, so that they are refused
+TRAINING_VERSION = 6  # raised when old checkpoints would continue differently, so that they are refused
 MAX_MISTAKES = 10  # in metrics.json and the report
 SCORES = {"ua": "UA (mean recall)", "wa": "WA (accuracy)", "macro_f1": "macro F1"}
 NOT_INDEPENDENT = "NOT speaker-independent: training and test may share speakers; the scores are optimistic"
+MAX_NUMBER, MAX_UNITS, MAX_MODELS = 1_000_000, 1 << 20, 20_000  # epochs and the like; hidden units of all seeds; models
+MAX_DESCRIPTION, MAX_MODEL = 1 << 24, 1 << 30  # bytes of config.json and of model.npz
+PREDICTIONS = ("predictions.csv", "skipped.csv", "fusion.npz")  # files that --predict writes
+RESULTS = (  # files that a run writes
+    *PREDICTIONS,
+    *("config.json", "model.npz", "metrics.json", "report.html", "history.csv", "confusion.csv", "train.log"),
+    *(stats.MEAN_FILE, stats.STD_FILE, "lock"),
+)
 
 
 SWEEP = {  # what --sweep draws: lowest and highest value; "log" draws the logarithm uniformly
@@ -137,7 +148,8 @@ class Config(check_data.ScanOptions):
         for name in ("out", "predict", "folds"):
             require(getattr(self, name) != "", name, "non-empty")
         for name in ("seeds", "epochs", "patience", "batch", "width", "sweep"):
-            require(getattr(self, name) >= 1, name, "at least 1")
+            require(1 <= getattr(self, name) <= MAX_NUMBER, name, f"from 1 to {MAX_NUMBER}")
+        require(self.seeds * self.width <= MAX_UNITS, "width", f"at most {MAX_UNITS} / --seeds")
         for name in ("learning_rate", "clip"):
             require(0 < getattr(self, name) < math.inf, name, "above 0")
         for name in ("dropout", "label_smoothing", "mixup"):
@@ -180,8 +192,9 @@ def command_line(config: Config) -> str:
 
 
 def run_training(config: Config) -> int:
-    path = Path(config.out or Path("runs") / (Path(config.directory).resolve().name or "data"))
-    check_output_folder(path, check_data.require_folder(config.directory))
+    directory = check_data.require_folder(config.directory)
+    path = Path(config.out or Path("runs") / (directory.resolve().name or "data"))
+    check_output_folder(path, directory)
     # Buffers the log until the data are known to be usable: a run that cannot start must not replace the log of one
     # that could.
     run_log = logging.handlers.MemoryHandler(1 << 30, flushLevel=logging.CRITICAL, flushOnClose=False)
@@ -190,33 +203,34 @@ def run_training(config: Config) -> int:
     try:
         with RunFolder(path) as run:
             with live_log():
-                metrics = train_and_score(config, run, run_log)
-            if metrics:
-                sys.stdout.write(report_text(metrics, path / "report.html", sys.stdout))
-                with contextlib.suppress(OSError):  # a full disk: the report is on the terminal and in report.html
-                    log_file = run_log.target.stream
-                    log_file.write(report_text(metrics, path / "report.html", log_file))
+                outcome = train_and_score(config, run, run_log)
+            if is_primary():
+                try:
+                    save_run(run, *outcome)
+                finally:  # a full disk must not take the scores with it
+                    show_report(outcome[-1], path / "report.html", run_log.target.stream)
     finally:
         log.removeHandler(run_log)
         if run_log.target:
-            run_log.target.close()
+            with contextlib.suppress(OSError):  # a full disk
+                run_log.target.stream.close()
     return 0
 
 
-def train_and_score(config: Config, run: "RunFolder", run_log: logging.handlers.MemoryHandler) -> dict:
-    """Do all of a run; return its metrics, or {} on every process but the first."""
+def train_and_score(config: Config, run: "RunFolder", run_log: logging.handlers.MemoryHandler) -> tuple:
+    """Do all of a run but saving: scan, experiment, outcome of training, and metrics."""
     started = time.perf_counter()
     device = start_device(config)
     scan = scan_features(config, run.path)
     dataset = pack(scan, config.pooling)
     split = make_split(dataset, config)
-    stored, save_to = choose_statistics(scan, dataset, run.path, config)
+    stored, to_save = choose_statistics(scan, dataset, config)
     experiment = Experiment(config, dataset, split, stored)
     epochs_done = run.find_checkpoint(run_identity(experiment, scan.fingerprint), config.fresh)
     if is_primary():
         begin_log(run_log, run.path / "train.log", append=epochs_done > 0)
-        if save_to:
-            stats.save(save_to, stored.statistics, scan.fingerprint)
+        if to_save and not stats.save(scan.directory, stored.statistics, scan.fingerprint):
+            log.info("statistics: DIR has got some since the scan, which are neither used nor replaced")
     log_split(split)
     again = "the same command without --fresh" if config.fresh else "the same command"
     log.info(f"this run may be stopped at any time: {again} resumes it from its last checkpoint")
@@ -230,17 +244,23 @@ def train_and_score(config: Config, run: "RunFolder", run_log: logging.handlers.
     metrics |= {"left_out": scan.left_out(), "left_out_first": examples}
     metrics |= {"device": device, "versions": package_versions(), "settings": set_options(config)}
     metrics |= {"command": command_line(config), "seconds": round(time.perf_counter() - started, 1)}
-    if not is_primary():
-        return {}
-    log.debug("writing the results")
-    save_run(run, scan, experiment, trained, metrics)
-    return metrics
+    return scan, experiment, trained, metrics
+
+
+def show_report(metrics: dict, page: Path, log_file) -> None:
+    sys.stdout.write(report_text(metrics, page, sys.stdout))
+    sys.stdout.flush()
+    with contextlib.suppress(OSError):
+        log_file.write(report_text(metrics, page, log_file))
 
 
 def begin_log(run_log: logging.handlers.MemoryHandler, path: Path, append: bool) -> None:
     """Write the buffered lines to train.log, and every later one at once."""
-    mode = "a" if append else "w"
-    run_log.setTarget(logging.FileHandler(path, mode, encoding="utf-8", errors="backslashreplace"))
+    descriptor = open_own(path)
+    if not append:
+        os.truncate(descriptor, 0)
+    stream = open(descriptor, "a", encoding="utf-8", errors="backslashreplace")  # noqa: SIM115
+    run_log.setTarget(logging.StreamHandler(stream))
     run_log.flush()
     run_log.capacity = 0
 
@@ -333,17 +353,40 @@ def live_log():
 
 
 def check_output_folder(run: Path, directory: Path) -> None:
-    """Keep results out of the data, and away from the results for other data."""
+    """Keep results out of the features, and away from files that are not of a run on the same data."""
     name = printable(str(run))
-    if run.resolve() == directory.resolve():
-        raise UsageError(f"--out {name} is the folder of the features; choose another")
-    try:
-        data = json.loads(stats.read_bytes(run / "config.json"))["data"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    check_not_features(run, directory)
+    if os.path.lexists(run / "config.json"):
+        try:
+            config = json.loads(stats.read_bytes(run / "config.json", MAX_DESCRIPTION))
+            data, _ = config["data"], config["format"]
+        except (ValueError, LookupError, TypeError, RecursionError):
+            raise UsageError(f"{name} holds a config.json that is not of a run; choose another --out") from None
+        if data != str(directory.resolve()):
+            other = printable(str(data))
+            raise UsageError(f"{name} holds the results for {other}; choose another --out, or remove them")
+    elif not (run / "lock").is_file() or not (run / "train.log").is_file():  # of a run that is not finished
+        check_none_exists(run, RESULTS)
+
+
+def check_not_features(out: Path, directory: Path) -> None:
+    """Refuse an output folder that is no folder, or among the features of a folder."""
+    name = printable(str(out))
+    if not os.path.lexists(out):
         return
-    if data != str(directory.resolve()):
-        other = printable(str(data))
-        raise UsageError(f"{name} holds the results for {other}; choose another --out, or remove them")
+    if not out.is_dir():
+        raise UsageError(f"--out {name} is not a folder; choose another")
+    inside = Path(os.path.realpath(directory)) in Path(os.path.realpath(out)).parents
+    same = directory.exists() and os.path.samefile(out, directory)
+    if same or check_data.holds_features(out, subfolders=inside):
+        raise UsageError(f"--out {name} is the folder of the features, or has some of them; choose another")
+
+
+def check_none_exists(out: Path, names) -> None:
+    """Refuse an output folder in which files of other programs would be replaced."""
+    found = [name for name in names if os.path.lexists(out / name)]
+    if found:
+        raise UsageError(f"{printable(str(out))} holds a {found[0]} that is not of this program; choose another --out")
 
 
 def package_versions():
@@ -357,26 +400,29 @@ def package_versions():
 class Frames(NamedTuple):
     """All frame sequences, one after the other.
 
-    `rows` is float32, shape (F + longest, D). `centre`, (D,), has been subtracted, so that sums of squares keep their
-    digits. Zeros follow the last sequence: a slice as long as the longest sequence never leaves the block. `first` is
-    the first row of each utterance, shape (N,).
+    `rows` is float32, shape (F + longest, D). The mean of its own frames has been subtracted from each sequence, so
+    that sums of squares keep their digits; the mean of all would bring test speakers into training. Zeros follow the
+    last sequence: a slice as long as the longest sequence never leaves the block. `first` is the first row of each
+    utterance, shape (N,).
     """
 
     rows: np.ndarray
-    centre: np.ndarray
     first: np.ndarray
 
     @classmethod
-    def of(cls, sequences, centre) -> "Frames":
-        """Pack sequences of shape (T, D). The list is emptied on the way, so that they are never in memory twice."""
+    def of(cls, sequences, means) -> "Frames":
+        """Pack sequences of shape (T, D) with their means, (N, D).
+
+        The list is emptied on the way, so that they are never in memory twice.
+        """
         length = np.array([len(sequence) for sequence in sequences])
         first = np.cumsum(length) - length
-        rows = aligned_zeros((int(length.sum() + length.max()), len(centre)))
+        rows = aligned_zeros((int(length.sum() + length.max()), means.shape[1]))
         while sequences:
             frames = sequences.pop()
             start = first[len(sequences)]
-            np.subtract(frames, centre, out=rows[start : start + len(frames)])
-        return cls(rows, centre, first)
+            np.subtract(frames, means[len(sequences)], out=rows[start : start + len(frames)])
+        return cls(rows, first)
 
 
 def aligned_zeros(shape):
@@ -408,7 +454,7 @@ class Dataset(NamedTuple):
                 yield self.x[place][None]
             else:
                 start = self.frames.first[place]
-                yield self.frames.rows[start : start + self.length[place]] + self.frames.centre
+                yield self.frames.rows[start : start + self.length[place]] + self.x[place]
 
 
 def pack(scan: check_data.Scan, pooling: str = "attentive") -> Dataset:
@@ -432,8 +478,7 @@ def pack(scan: check_data.Scan, pooling: str = "attentive") -> Dataset:
     length = moments.count.astype(int)
     if pooling == "mean" or length.max() == 1:
         return dataset
-    centre = moments.merged().mean.astype(np.float32)
-    return dataset._replace(length=length, frames=Frames.of(sequences, centre))
+    return dataset._replace(length=length, frames=Frames.of(sequences, dataset.x))
 
 
 # --- the split: who trains, validates and tests ---------------------------------------------------------------------
@@ -489,6 +534,11 @@ def make_split(dataset: Dataset, config: Config) -> Split:
     fold, fold_notes = assign_folds(config.folds, speaker, dataset.label, config.seed)
     notes = notes + fold_notes
     folds = int(fold.max()) + 1
+    models = (folds + 1) * config.seeds * config.sweep
+    if models > MAX_MODELS:
+        raise UsageError(
+            f"{folds} folds make {models} models, more than {MAX_MODELS}; use fewer --folds, --seeds or --sweep"
+        )
     scheme = emotions.SCHEMES.get(config.folds)
     train, validation = [], []
     for current in range(folds + 1):  # the last one is the final model
@@ -643,30 +693,30 @@ def log_split(split: Split) -> None:
         if check_disjoint(split):
             log.info("  checked: no speaker is in more than one of training, validation and test")
     for note in split.notes:
-        log.info(f"note: {note}")
+        log.info(f"note: {printable(note)}")
 
 
 # --- normalisation and class weights --------------------------------------------------------------------------------
 
 
-def choose_statistics(scan: check_data.Scan, dataset: Dataset, run: Path, config: Config):
-    """The statistics in DIR, or new ones over all data and the folder to save them in for later use."""
-    stored, save_to = scan.stored, None
-    user_supplied = stored is not None and stored.user_supplied
-    if user_supplied and config.recompute_stats:
-        raise UsageError(f"{stats.MEAN_FILE} and {stats.STD_FILE} in DIR were supplied by you; move them first")
-    if stored is None or config.recompute_stats or scan.statistics_are_stale:
-        if stored is None or config.recompute_stats:  # stale ones stay: the next run may be on their files again
-            save_to = scan.directory if os.access(scan.directory, os.W_OK) else run
-        stored = stats.Stored(dataset.moments.merged().statistics(), False, scan.fingerprint)
-    source = printable(str((save_to or scan.directory) / stats.MEAN_FILE))
-    if user_supplied:
-        log.info(f"normalisation: every model from {source}, supplied by you")
-    elif scan.statistics_are_stale and save_to is None:
-        log.info(f"normalisation: each fold from its training speakers; final model from all data, NOT from {source}")
-    else:
-        log.info(f"normalisation: each fold from its training speakers; final model from {source}")
-    return stored, save_to
+def choose_statistics(scan: check_data.Scan, dataset: Dataset, config: Config):
+    """The user's statistics, or new ones over all data, and whether to save those in DIR for later use.
+
+    Those that a run has saved there bind no later one: the same command always gives the same results.
+    """
+    stored = scan.stored
+    name = printable(str(scan.directory / stats.MEAN_FILE))
+    if stored and stored.user_supplied:
+        if config.recompute_stats:
+            raise UsageError(f"{stats.MEAN_FILE} and {stats.STD_FILE} in DIR were supplied by you; move them first")
+        log.info(f"normalisation: every model from {name}, supplied by you")
+        return stored, False
+    log.info("normalisation: each fold from its training speakers; final model from all data")
+    if scan.statistics_are_stale and not config.recompute_stats:
+        log.info(f"statistics: {name} is of other files; neither used nor replaced")
+    # Those of other files stay: the next run may be on them again.
+    to_save = (stored is None or config.recompute_stats) and os.access(scan.directory, os.W_OK)
+    return stats.Stored(dataset.moments.merged().statistics(), False, scan.fingerprint), to_save
 
 
 def member_statistics(dataset: Dataset, split: Split, stored: stats.Stored):
@@ -710,7 +760,7 @@ class DeviceData(NamedTuple):
     batches: Array  # (B, steps), each utterance once: the batches of sequences, which all members share
     length: Array  # (N,)
     first: Array  # (N,)
-    rows: Array  # (F + longest, D), less their centre
+    rows: Array  # (F + longest, D), less x
 
 
 class Hyperparameters(NamedTuple):
@@ -752,7 +802,7 @@ class Member(NamedTuple):
     group: Array  # () the seeds of a fold and setting, which stop together; -1 for padding members
     train: Array  # (B, steps)
     validation: Array  # (B, steps)
-    mean: Array  # (D,), less the centre of the frames of sequences
+    mean: Array  # (D,)
     scale: Array  # (D,)
     class_weight: Array  # (C,)
     hyper: Hyperparameters
@@ -801,8 +851,8 @@ def build_network(width: int, classes: int, precision: str):
     return Classifier()
 
 
-def attentive_statistics(frames, real, member: Member, query):
-    """Weighted mean and deviation over the frames of each utterance, (B, T, D), normalised: (B, 2 D).
+def attentive_statistics(frames, real, centre, member: Member, query):
+    """Weighted mean and deviation over the frames of each utterance, (B, T, D) less `centre` (B, D): (B, 2 D).
 
     The weights are a softmax over frames of their product with `query`, (D,), as in Okabe, Koshinaka and Shinoda 2018
     with a linear score; a query of zeros weighs all frames equally. `real`, (B, T), is False for padding; an utterance
@@ -822,11 +872,11 @@ def attentive_statistics(frames, real, member: Member, query):
     square = jnp.einsum("bt,btd->bd", weight, jnp.square(frames))
     floor = MIN_VARIANCE * jnp.square(member.scale)  # in the units of the frames
     deviation = jnp.sqrt(jnp.maximum(square - jnp.square(mean), floor))
-    return jnp.concatenate([(mean - member.mean) / member.scale, deviation / member.scale], -1)
+    return jnp.concatenate([(mean + centre - member.mean) / member.scale, deviation / member.scale], -1)
 
 
 def gather_batch(static: StaticConfig, data: DeviceData, chosen):
-    """Gather a batch of utterances, (B,): vectors (B, D), or a list of (frames, real), one for each length group."""
+    """Gather a batch of utterances, (B,): vectors (B, D), or a list of (frames, real, centre) by length group."""
     if not static.groups:
         return data.x[chosen]
     groups, row = [], 0
@@ -836,7 +886,7 @@ def gather_batch(static: StaticConfig, data: DeviceData, chosen):
         # Near the end of an array a slice would be moved; the zeros at the end of Frames prevent that.
         cut = partial(lax.dynamic_slice_in_dim, data.rows, slice_size=longest)
         real = jnp.arange(longest) < data.length[own][:, None]
-        groups.append((jax.vmap(cut)(data.first[own]), real & (own >= 0)[:, None]))
+        groups.append((jax.vmap(cut)(data.first[own]), real & (own >= 0)[:, None], data.x[own]))
     return groups
 
 
@@ -1115,17 +1165,18 @@ def set_up(experiment: "Experiment") -> tuple[StaticConfig, DeviceData, Member]:
     mean, scale = member_statistics(dataset, split, stored)
     masks = split.train, split.validation
     if dataset.frames is None:
-        batches, groups = strata(np.arange(len(dataset.label)), dataset, batch), ()
+        batches, groups = np.zeros((1, 1), np.int32), ()  # unused
         tables = [own_tables(mask, dataset, batch) for mask in masks]
         # As many batches as the median member needs: with as many as the final model needs, which trains on more, every
         # fold would compute padding.
         steps = int(np.median((tables[0] >= 0).any(1).sum(1)))
     else:
         # All sequences in each epoch, in batches so large that a member trains on the usual number of its own.
-        batches = strata(np.arange(len(dataset.label)), dataset, round(batch / split.train.mean()))
+        # Without their labels: those of the test speakers are among them.
+        everyone, unlabelled = np.arange(len(dataset.label)), dataset._replace(label=np.zeros_like(dataset.label))
+        batches = strata(everyone, unlabelled, round(batch / split.train.mean()))
         tables = [np.where((batches >= 0) & mask[:, batches], batches, np.int32(-1)) for mask in masks]
         steps, groups = batches.shape[1], length_groups(batches, dataset)
-        mean = mean - dataset.frames.centre  # as the frames on the device
     static = StaticConfig(
         config=config,
         network=build_network(config.width, classes, config.precision),
@@ -1212,7 +1263,7 @@ def device_data(dataset: Dataset, batches) -> DeviceData:
     frames = dataset.frames
     if frames is None:
         nothing = np.zeros((1, 1), np.float32)
-        frames = Frames(nothing, nothing[0], np.zeros_like(dataset.label))
+        frames = Frames(nothing, np.zeros_like(dataset.label))
     length, first = dataset.length.astype(np.int32), frames.first.astype(np.int32)
     return DeviceData(dataset.x, dataset.label, batches, length, first, frames.rows)
 
@@ -1422,7 +1473,7 @@ class Ensemble(NamedTuple):
         return x @ self.params[f"{layer}/kernel"] + bias[:, None]
 
 
-def hidden_layers(members: Member, best, rows, centre) -> Ensemble:
+def hidden_layers(members: Member, best, rows) -> Ensemble:
     """The trained networks in these rows of the population; hidden units that are not in use become 0."""
     params = {name: leaf[rows] for name, leaf in named_leaves(best).items()}
     unit = np.arange(params["Dense_0/bias"].shape[1])
@@ -1430,7 +1481,7 @@ def hidden_layers(members: Member, best, rows, centre) -> Ensemble:
     # Their activation is then relu(0) = 0, and Dense_1 needs no mask.
     params["Dense_0/kernel"] = params["Dense_0/kernel"] * used[:, None]
     params["Dense_0/bias"] = params["Dense_0/bias"] * used
-    return Ensemble(members.mean[rows] + centre, members.scale[rows], params)
+    return Ensemble(members.mean[rows], members.scale[rows], params)
 
 
 def finish_fold(dataset: Dataset, split: Split, fold: int, hidden: Ensemble):
@@ -1494,7 +1545,8 @@ class Answers(NamedTuple):
     @classmethod
     def of(cls, ensemble: Ensemble, temperature: float, features) -> "Answers":
         """The mean logits over the seeds, and their hidden layers side by side."""
-        logits, hidden = ensemble.forward(features)
+        with np.errstate(over="ignore", invalid="ignore"):  # the callers look for answers that are not finite
+            logits, hidden = ensemble.forward(features)
         logits = logits.mean(0, dtype=np.float64)
         return cls(logits, np.full(len(logits), temperature), np.concatenate(list(hidden), 1))
 
@@ -1532,10 +1584,9 @@ def train(experiment: Experiment, run: "RunFolder | None" = None) -> Trained:
     chosen, sweep = choose_settings(state.best_loss, split, settings)
     # The rows of the population that are kept: those of the chosen setting of each fold.
     rows = np.repeat(chosen, split.seeds) * len(split.train) + np.arange(len(split.train))
-    centre = 0 if dataset.frames is None else dataset.frames.centre
 
     def finish(fold):
-        return finish_fold(dataset, split, fold, hidden_layers(members, state.best, rows[split.members(fold)], centre))
+        return finish_fold(dataset, split, fold, hidden_layers(members, state.best, rows[split.members(fold)]))
 
     workers = min(available_cores(), 8)  # each holds a copy of its fold
     with concurrent.futures.ThreadPoolExecutor(workers) as executor:
@@ -1588,15 +1639,17 @@ def choose_settings(best_loss, split: Split, settings):
 
 def evaluate(experiment: Experiment, trained: Trained) -> dict:
     """All of metrics.json that follows from the out-of-fold predictions."""
-    config, dataset, split, stored = experiment
+    _, dataset, split, stored = experiment
     logits, temperature, _ = trained.answers
-    metrics = stats.evaluate(dataset.label, logits, split.speaker, split.fold, dataset.classes, config.seed)
+    metrics = stats.evaluate(dataset.label, logits, split.speaker, split.fold, dataset.classes)
     metrics |= error_analysis(dataset, stats.probabilities(logits))
     uncalibrated = stats.probabilities(logits * temperature[:, None])
     folds = [fold_report(split, fold, trained) | scores for fold, scores in enumerate(metrics["folds"])]
     notes = list(split.notes)
     if stored.user_supplied:
         notes.append("your statistics apply to every fold; if they are of these files, they include the test speakers")
+    if len(metrics["speakers"]) < stats.FEW_SPEAKERS:
+        notes.append(f"intervals over fewer than {stats.FEW_SPEAKERS} speakers mean little")
     if not split.independent:
         metrics["speakers"] = {}
     if trained.sweep:
@@ -1688,7 +1741,10 @@ def save_run(run: "RunFolder", scan: check_data.Scan, experiment: Experiment, tr
         names = {"file": utterance.file, "corpus": utterance.corpus, "speaker": utterance.speaker or ""}
         names |= {"label": utterance.emotion, "fold": int(fold) + 1}
         predictions.append(names | predicted_columns(classes, row))
-    confusion = [{"label": name} | dict(zip(classes, counts)) for name, counts in zip(classes, metrics["confusion"])]
+    corner = "label"
+    while corner in classes:  # or that class would replace the column
+        corner = f"true_{corner}"
+    confusion = [{corner: name} | dict(zip(classes, counts)) for name, counts in zip(classes, metrics["confusion"])]
     artifacts = {
         "config.json": stats.json_bytes(config),
         "history.csv": stats.csv_bytes(trained.history),
@@ -2307,7 +2363,7 @@ class RunFolder:
         self._found = None
         for path in self._paths():
             path.unlink(missing_ok=True)
-            path.with_name(f".{path.name}.tmp").unlink(missing_ok=True)
+            stats.remove_temporary(self.path, [path.name])
 
     def _paths(self):
         return [self.path / name for name in self.CHECKPOINTS] if self.path and is_primary() else []
@@ -2335,8 +2391,10 @@ def read_checkpoint(path: Path):
         description = json.loads(arrays.pop("description").tobytes())
         epoch, identity = description["epoch"], description["identity"]
         parts = identity["options"], identity["data"], description["environment"]
-        whole = type(epoch) is int and 0 < epoch == arrays["history/active"].shape[1]
-    except (ValueError, KeyError, TypeError, IndexError, RecursionError):
+        members, epochs = arrays["history/active"].shape  # without members the epochs would cost no bytes
+        whole = type(epoch) is int and 0 < epoch == epochs and members > 0
+        whole = whole and epoch < identity["options"].get("--epochs", math.inf) + EPOCHS_PER_CALL
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         whole, parts = False, ()
     if not whole or not all(isinstance(part, dict) for part in parts):
         raise stats.DataError("damaged", "it was not written by this program")
@@ -2398,11 +2456,30 @@ def check_same_run(run: Path, description: dict, identity: dict) -> None:
             log.warning(f"checkpoint: {found}: the last digits may differ")
 
 
+def open_own(path: Path) -> int:
+    """Open a file of the results folder to read and append, and make it if there is none.
+
+    In a stranger's folder a link could lead to a file of the user, and a FIFO would wait for ever.
+    """
+    flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+    try:
+        descriptor = os.open(path, flags, 0o666)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise UsageError(f"{printable(str(path))} is a link; remove it") from None
+        raise
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
+        os.close(descriptor)
+        raise UsageError(f"{printable(str(path))} is not a regular file, or has a second name; remove it")
+    return descriptor
+
+
 def lock_folder(run: Path):
     """Lock a folder for this process, or raise a UsageError that names the other one; a lock ends with its process."""
     if fcntl is None:
         return None
-    lock = os.open(run / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+    lock = open_own(run / "lock")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -2458,10 +2535,12 @@ class Model(NamedTuple):
 def load_model(run: Path) -> Model:
     """Read the model of a finished run; a UsageError names what is missing, damaged, of another version, or mixed."""
     name = printable(str(run))
+    if any(os.path.lexists(run / file) for file in RunFolder.CHECKPOINTS):
+        raise UsageError(f"{name} holds an unfinished run; finish it with the same command, or remove its checkpoints")
     try:
         model = read_description(run / "config.json")
-        blob = stats.read_bytes(run / "model.npz")
-        arrays = check_data.parse_arrays(blob)
+        blob = stats.read_bytes(run / "model.npz", MAX_MODEL)
+        arrays = check_data.parse_arrays(blob, MAX_MODEL, names=expected_shapes(model, {}))
     except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
         raise UsageError(f"{name} holds no finished model: {printable(str(error))}") from None
     except (RecursionError, UsageError):
@@ -2469,6 +2548,9 @@ def load_model(run: Path) -> Model:
     shapes = {path: array.shape for path, array in arrays.items()}
     if hashlib.sha256(blob).hexdigest() != model.digest or shapes != expected_shapes(model, arrays):
         raise UsageError(f"{name}: config.json and model.npz do not belong together")
+    seeds, width = arrays["params/Dense_0/bias"].shape
+    if not 0 < seeds * width <= MAX_UNITS:
+        raise UsageError(f"{name}: the model has {seeds} seeds of {width} hidden units")
     if not all(np.isfinite(array).all() for array in arrays.values()) or arrays["scale"].min() <= 0:
         raise UsageError(f"{name}: the model holds NaN or Inf, or a scale that is not above 0")
     params = {path.removeprefix("params/"): array for path, array in arrays.items()}
@@ -2479,7 +2561,7 @@ def load_model(run: Path) -> Model:
 
 def read_description(path: Path) -> Model:
     """The model that a config.json describes, without its arrays; a damaged file raises whatever parsing it raises."""
-    config = json.loads(stats.read_bytes(path))
+    config = json.loads(stats.read_bytes(path, MAX_DESCRIPTION))
     if config.get("format") != ARTIFACT_VERSION:
         raise ValueError("it was made by another version of train.py; train again")
     model = Model(
@@ -2496,7 +2578,10 @@ def read_description(path: Path) -> Model:
     )
     check_data.ScanOptions("DIR", merge=model.merge)  # fails here, not later, if an entry is damaged
     finite = np.isfinite([model.encoder_similarity, model.rms, model.temperature]).all()
-    if not finite or min(model.rms, model.temperature) <= 0 or len(set(model.classes)) < len(model.classes):
+    texts = all(0 < len(name) <= check_data.MAX_CLASS_NAME for name in model.classes)
+    count = len(set(model.classes)) == len(model.classes) <= check_data.MAX_CLASSES
+    known = model.pooling in ("mean", "attentive") and model.dim > 0 and model.classes
+    if not finite or min(model.rms, model.temperature) <= 0 or not (texts and count and known):
         raise ValueError("its config.json is damaged")
     return model
 
@@ -2526,8 +2611,8 @@ def run_prediction(config: Config) -> int:
     if not is_primary():
         return 0
     model = load_model(run)
-    out = Path(config.out or run / f"predict-{given.resolve().name}")
-    check_prediction_folder(out, given if given.is_dir() else given.parent)
+    out = Path(config.out or run / f"predict-{os.path.basename(os.path.realpath(given))}")
+    check_prediction_folder(out, given if given.is_dir() else given.parent, run)
     if config.dim not in (None, model.dim):
         raise UsageError(f"--dim is {config.dim}, but the model needs features {model.dim} wide")
     check_statistics(model, given)
@@ -2544,6 +2629,11 @@ def run_prediction(config: Config) -> int:
 
     with live_log():
         answers = Answers.of(model.ensemble, model.temperature, usable_features())
+    finite = np.isfinite(answers.logits).all(1)  # the most probable of NaN would be the first class
+    for place in np.flatnonzero(~finite):
+        scan.findings.append(check_data.Finding(utterances[place].file, "overflow", "the model's answer is not finite"))
+    utterances = [utterance for utterance, answered in zip(utterances, finite) if answered]
+    answers = Answers(*(part[finite] for part in answers))
     scan.findings.sort()
     for line in check_data.findings_report(scan):
         log.info(line)
@@ -2555,13 +2645,18 @@ def run_prediction(config: Config) -> int:
     return 1 if scan.findings else 0
 
 
-def check_prediction_folder(out: Path, features: Path) -> None:
-    """Keep predictions out of the features and out of the results of training."""
+def check_prediction_folder(out: Path, features: Path, run: Path) -> None:
+    """Keep predictions out of the features, out of the results of training, and away from files of other programs."""
     name = printable(str(out))
-    if (out / "metrics.json").exists() or (out / "lock").exists():
+    if any(os.path.lexists(out / file) for file in ("metrics.json", "config.json", "lock")):
         raise UsageError(f"{name} holds the results of a training run; choose another --out")
-    if out.resolve() == features.resolve() or (out.exists() and not out.is_dir()):
-        raise UsageError(f"--out {name} is the folder of the features, or a file; choose another")
+    if any(part.is_symlink() for part in (out, *out.parents) if run in part.parents):
+        raise UsageError(f"{name}: the model's folder has a link there; remove it, or choose another --out")
+    check_not_features(out, features)
+    with contextlib.suppress(stats.DataError):
+        if stats.read_bytes(out / "predictions.csv").startswith(b"file,label,predicted,p_"):
+            return
+    check_none_exists(out, PREDICTIONS)
 
 
 def check_statistics(model: Model, given: Path) -> None:
@@ -2606,7 +2701,7 @@ def print_scores(model: Model, utterances, logits) -> None:
         metrics = stats.evaluate(label, logits[counted], speaker, np.zeros_like(label), model.classes)
         low, high = metrics["ua_ci95"]
         speakers = len(metrics["speakers"])
-        interval = f" ({low:.4f} to {high:.4f})" if speakers > 2 else ""
+        interval = f" ({low:.4f} to {high:.4f})" if speakers >= stats.FEW_SPEAKERS else ""
         files = f"{len(counted)} files with a known label, of {speakers} unseen speakers"
         print(f"UA {metrics['ua']:.4f}{interval} on {files}")
     if any(labelled) and len(counted) < len(utterances):
@@ -2629,6 +2724,7 @@ def start_jax() -> str:
     platforms, reason = choose_platform(*probe_gpu(), has_cuda, os.environ.get("JAX_PLATFORMS", ""))
     if platforms:
         os.environ["JAX_PLATFORMS"] = platforms
+    os.environ["JAX_ENABLE_X64"] = "0"  # the program is written for 32 bits
     import flax.linen as nn
     import jax
     import jax.numpy as jnp
@@ -2645,6 +2741,8 @@ def start_jax() -> str:
     if device.platform == "cpu":
         if platforms != "cpu" and fault:
             reason = f"THE GPU COULD NOT BE USED: {fault}"
+            if os.environ.get("LD_LIBRARY_PATH"):  # libraries of another CUDA
+                reason += " (unset LD_LIBRARY_PATH)"
         return f"CPU ({available_cores()} cores), because {reason or 'jax found nothing else'}"
     more = f" and {jax.device_count() - 1} more" if jax.device_count() > 1 else ""
     return f"{device.platform.upper()} {device.device_kind}{more}"
@@ -2661,8 +2759,9 @@ def first_device(platforms: str):
     backend_log.propagate = False
     try:
         device = jax.devices()[0]
-    except RuntimeError as error:  # only if the user's own JAX_PLATFORMS leaves no other choice
-        raise UsageError(f"JAX_PLATFORMS={platforms}: {str(error).splitlines()[0]}") from None
+    except (RuntimeError, AssertionError, ValueError) as error:  # the user's own JAX_PLATFORMS leaves no other choice
+        reason = printable((str(error).partition(" (set JAX")[0].strip() or "it cannot be used").splitlines()[0])
+        raise UsageError(f"JAX_PLATFORMS={printable(platforms)}: {reason}; unset JAX_PLATFORMS") from None
     finally:
         backend_log.removeHandler(faults)
         backend_log.propagate = True
@@ -2732,6 +2831,17 @@ def enable_compile_cache() -> None:
         log.info(f"compile cache: off, {printable(str(folder))} is not a folder of yours alone (mode 0700)")
         return
     jax.config.update("jax_compilation_cache_dir", str(folder))
+    warnings.showwarning = partial(remove_damaged_entry, folder, warnings.showwarning)
+
+
+def remove_damaged_entry(folder: Path, show_warning, message, *details, **options) -> None:
+    """Remove an entry of the compile cache that jax could not read; jax itself would warn in every run from then on."""
+    damaged = re.search(r"reading persistent compilation cache entry for '(\w+)'", str(message))
+    if not damaged:
+        return show_warning(message, *details, **options)
+    log.info(f"compile cache: the entry of {damaged[1]} is damaged; compiled again")
+    for path in folder.glob(f"{damaged[1]}-*"):
+        path.unlink(missing_ok=True)
 
 
 # --- the program ----------------------------------------------------------------------------------------------------
@@ -2768,7 +2878,7 @@ def main(arguments=None) -> int:
 
 if __name__ == "__main__":
     status = check_data.run_cli(main)
-    if "jax" in globals() and jax.process_count() == 1:
+    if "jax" in globals() and not jax.distributed.is_initialized():
         # Everything is written, and a thread of XLA that outlives the interpreter can abort the process.
         os._exit(status)
     sys.exit(status)

@@ -636,10 +636,9 @@ def predict_folds(method: Callable, data: Features, split: Any, predicted: np.nd
 
 def scored(data: Features, speaker: list[str], predicted: np.ndarray) -> dict:
     """Scores of predictions and the interval of UA, as metrics.json has them."""
-    names, group = np.unique(speaker, return_inverse=True)
-    counts = np.zeros((len(names), data.classes, data.classes), int)
-    np.add.at(counts, (group, data.label, predicted), 1)
-    return stats.scores(counts.sum(0)) | {"ua_ci95": stats.speaker_intervals(counts, 0)["ua"]}
+    confusion = stats.confusion_matrix(data.label, predicted, data.classes)
+    _, counts = stats.group_counts(speaker, data.label, predicted, data.classes)
+    return stats.scores(confusion) | {"ua_ci95": stats.speaker_intervals(counts)["ua"]}
 
 
 def score_row(name: str, metrics: dict, cost: Cost) -> list[str]:

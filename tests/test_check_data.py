@@ -3,10 +3,12 @@ import json
 import os
 import pickle
 import shutil
+import signal
 import socket
 import struct
 import subprocess
 import sys
+import warnings
 import weakref
 import zipfile
 from pathlib import Path
@@ -677,13 +679,27 @@ def test_a_leading_axis_is_dropped_and_counted(tmp_path):
     assert check_data.Note("leading-axis", "2 files") in result.notes
 
 
-def test_stale_computed_statistics_do_not_determine_the_width(tmp_path):
-    """Statistics of width 4 from an earlier set must not cause vectors of width 8 to be reshaped."""
+@pytest.mark.parametrize("stale", [False, True])
+def test_computed_statistics_do_not_determine_the_width(tmp_path, stale):
+    """Statistics of width 4, as a run with --dim 4 leaves them, must not cause vectors of width 8 to be reshaped."""
     for k in range(3):
         named(tmp_path, k, emb=numbers(8, seed=k))
-    stats.save(tmp_path, stats.Moments.of(numbers(9, 4)).statistics(), "yesterday")
+    halves = scan(tmp_path, dim=4)
+    stats.save(tmp_path, stats.Moments.of(numbers(9, 4)).statistics(), "yesterday" if stale else halves.fingerprint)
     result = scan(tmp_path)
     assert (result.dim, result.statistics_are_stale, result.reshapes_vectors) == (8, True, False)
+    assert scan(tmp_path, dim=4).statistics_are_stale == stale
+
+
+def test_the_same_files_are_used_with_and_without_computed_statistics(tmp_path):
+    """Flat sequences are evidence for a width only beside other sequences, not beside saved statistics."""
+    for k, shape in enumerate([(8,)] * 6 + [(3, 4)] * 2):
+        named(tmp_path, k, emb=numbers(*shape, seed=k))
+    first = scan(tmp_path)
+    stats.save(tmp_path, first.moments.statistics(), first.fingerprint)
+    second = scan(tmp_path)
+    assert (second.records, second.findings, second.dim) == (first.records, first.findings, first.dim)
+    assert (second.reshapes_vectors, second.fingerprint) == (first.reshapes_vectors, first.fingerprint)
 
 
 def test_changed_contents_make_computed_statistics_stale(sample):
@@ -1092,3 +1108,123 @@ def test_every_code_is_used_tested_and_in_the_readme():
         assert f'"{code}"' in source.replace(f'"{code}":', "")
         assert f"`{code}`" in readme
         assert f'"{code}"' in tests
+
+
+# --- links, copies, and what nobody has by chance ---
+
+
+def test_a_folder_that_a_link_leads_to_as_well_keeps_its_own_name(tmp_path):
+    for folder in ("m", "z"):
+        (tmp_path / folder).mkdir()
+        write(tmp_path / folder / "ravdess_03-01-05-01-02-01-12.npz", emb=numbers(8, seed=ord(folder)))
+    for link, folder in (("a", "m"), ("b", "m"), ("zz", "z")):
+        (tmp_path / link).symlink_to(tmp_path / folder)
+    (tmp_path / "m" / "up").symlink_to(tmp_path)
+    result = scan(tmp_path)
+    assert [record.file for record in result.records] == [
+        f"{folder}/ravdess_03-01-05-01-02-01-12.npz" for folder in "mz"
+    ]
+
+
+def test_linked_folders_are_read_in_sorted_order(tmp_path):
+    data, other = tmp_path / "data", tmp_path / "other"
+    data.mkdir()
+    other.mkdir()
+    write(other / "ravdess_03-01-05-01-02-01-12.npz")
+    for link in ("c", "a", "b"):
+        (data / link).symlink_to(other)
+    assert [record.file for record in scan(data).records] == ["a/ravdess_03-01-05-01-02-01-12.npz"]
+
+
+@pytest.mark.parametrize(
+    "stored",
+    [
+        lambda array: array.astype(np.float64),
+        lambda array: array.astype(">f4"),
+        lambda array: np.asfortranarray(array),
+        lambda array: array[None],
+        lambda array: array.reshape(-1),
+    ],
+)
+def test_the_same_numbers_are_duplicates_in_any_type_order_and_shape(tmp_path, stored):
+    array = numbers(3, 8, seed=1).astype(np.float16).astype(np.float32)
+    for k in range(2, 6):
+        named(tmp_path, k, emb=numbers(3, 8, seed=k))
+    named(tmp_path, 0, emb=array)
+    named(tmp_path, 1, emb=stored(array))
+    assert scan(tmp_path).left_out() == {"duplicate-speaker": 1}
+
+
+def test_a_sequence_read_backwards_is_no_duplicate_and_hides_none(tmp_path):
+    array = numbers(3, 8, seed=1)
+    for k, stored in enumerate([array, array[::-1], array[::-1].astype(np.float64), numbers(3, 8, seed=2)]):
+        named(tmp_path, k, emb=stored)
+    (finding,) = scan(tmp_path).findings
+    assert (finding.code, finding.file[-6:]) == ("duplicate-speaker", "03.npz")
+    assert "02.npz" in finding.reason
+
+
+def test_a_zip_with_two_arrays_of_one_name_is_refused(tmp_path):
+    path = tmp_path / "x.npz"
+    with warnings.catch_warnings(), zipfile.ZipFile(path, "w") as archive:
+        warnings.simplefilter("ignore")
+        for name in ("emb.npy", "emb.npy"):
+            archive.writestr(name, stats.npy_bytes(numbers(8)))
+    with pytest.raises(stats.DataError) as error:
+        read_features(path)
+    assert error.value.code == "bad-zip"
+
+
+def test_merges_are_followed_and_a_circle_is_refused(sample):
+    options = check_data.ScanOptions(str(sample), merge=("calm=neutral", "neutral=other", "fear=other"))
+    counts = check_data.scan(options).count("emotion")
+    assert "calm" not in counts and "neutral" not in counts and "fear" not in counts
+    assert counts["other"] == 40
+    for circle in (("calm=neutral", "neutral=calm"), ("calm=calm",)):
+        with pytest.raises(check_data.UsageError, match="--merge goes in a circle"):
+            scan(sample, merge=circle)
+
+
+def test_more_than_100_emotions_are_questioned(tmp_path):
+    for k in range(101):
+        write(tmp_path / f"s{k % 7}-e{k}x.npz", emb=numbers(8, seed=k))
+    (blocker,) = check_data.blockers(scan(tmp_path, pattern=r"(?P<speaker>s\d)-(?P<emotion>\w+)"))
+    assert blocker.startswith("101 emotions") and "is the label an id" in blocker
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        "{{'descr': '<f4', 'fortran_order': False, 'shape': ({},)}}".format(", ".join(["1"] * 71)),
+        f"{{'descr': '<f4', 'fortran_order': False, 'shape': (0, {10**400})}}",
+        "{{'descr': '<f4', 'fortran_order': False, 'shape': ({})}}".format(", ".join([f"{10**4000}"] * 2)),
+        "{{'descr': '<f4', 'fortran_order': False, 'shape': ({})}}".format(", ".join([f"{2**62}"] * 32)),
+        "{{'descr': '{}', 'fortran_order': False, 'shape': (1,)}}".format(", ".join(["f4"] * 500)),
+        "{'descr': '(3,)f4', 'fortran_order': False, 'shape': (1,)}",
+        "{'descr': [('a', '<f4'), ('%s', '<f4')], 'fortran_order': False, 'shape': (1,)}" % ("b" * 3000),
+        "{'descr': 'O, O', 'fortran_order': False, 'shape': (1,)}",
+    ],
+)
+def test_absurd_headers_are_one_short_line(header):
+    text = header.encode()
+    with pytest.raises(stats.DataError) as error:
+        stats.npy_array(b"\x93NUMPY\x02\x00" + len(text).to_bytes(4, "little") + text + bytes(4))
+    assert len(error.value.reason) < 200
+
+
+@pytest.mark.parametrize("pattern", ["a{99999999999999999999}(?P<emotion>x)", "(" * 5000])
+def test_absurd_patterns_are_refused(sample, pattern):
+    with pytest.raises(check_data.UsageError, match="not a valid regular expression"):
+        scan(sample, pattern=pattern)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals are those of POSIX")
+@pytest.mark.parametrize("program", ["check_data.py", "train.py"])
+def test_ctrl_c_while_a_program_is_imported_prints_no_traceback(tmp_path, program):
+    (tmp_path / "numpy.py").write_text("import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(60)\n")
+    done = subprocess.run(
+        [sys.executable, str(ROOT / program), "DIR"],
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (-signal.SIGINT, "")

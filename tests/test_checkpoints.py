@@ -153,7 +153,7 @@ def test_the_options_that_do_not_change_the_results_may_differ(place, interrupte
 
 def test_fresh_removes_the_checkpoints_and_starts_over(place, interrupted, monkeypatch, caplog):
     caplog.set_level("INFO", "train")
-    (interrupted / ".checkpoint-0.npz.tmp").write_bytes(b"half of a checkpoint")
+    (interrupted / f".checkpoint-0.npz.{'0a' * 8}.tmp").write_bytes(b"half of a checkpoint")
     with monkeypatch.context() as patch:
         patch.setattr(train, "MAX_SAVE_SHARE", 0)
         assert run_again(place, interrupted, "--fresh") == 0
@@ -285,6 +285,14 @@ IMPOSSIBLE = {
     "the epoch is zero": lambda description, arrays: description.update(epoch=0),
     "the epoch is negative": lambda description, arrays: description.update(epoch=-4),
     "the epoch is huge": lambda description, arrays: description.update(epoch=1 << 40),
+    "the epoch is beyond the last": lambda description, arrays: (
+        description.update(epoch=1 << 20),
+        arrays.update({name: np.zeros((8, 1 << 20), bool) for name in arrays if name == "history/active"}),
+    ),
+    "the epochs are of no model": lambda description, arrays: (
+        description.update(epoch=1 << 40),
+        arrays.update({"history/active": np.zeros((0, 1 << 40), bool)}),
+    ),
     "the epoch is another": lambda description, arrays: description.update(epoch=description["epoch"] + 4),
     "NaN in the state": replace_first("state/params", lambda array: np.full_like(array, np.nan)),
     "an array is missing": lambda description, arrays: arrays.pop(first_of(arrays, "state/")),
@@ -425,10 +433,27 @@ def test_a_run_that_is_refused_changes_no_file_of_the_user(place, tmp_path):
     for name in (".thesis.tmp", "precious", "train.log"):
         (own / name).write_text("mine")
     (own / "lock").symlink_to("precious")
-    assert run_again(place, own, "--folds", "nonsense") == 1
+    assert run_again(place, own, "--folds", "nonsense") == 2
     (own / "lock").unlink()
     assert run_again(place, own, "--folds", "nonsense") == 2
     assert contents(own) == dict.fromkeys((".thesis.tmp", "precious", "train.log"), b"mine")
+
+
+@pytest.mark.parametrize("name", ["lock", "train.log"])
+@pytest.mark.parametrize("kind", ["link", "dangling link", "hard link", "fifo"])
+def test_a_run_writes_through_no_link_and_waits_for_no_fifo(interrupted, tmp_path, name, kind):
+    own = tmp_path / "own"
+    (interrupted / name).unlink()
+    if kind == "fifo":
+        os.mkfifo(interrupted / name)
+    else:
+        own.write_text("precious")
+        (os.link if kind == "hard link" else os.symlink)(own, interrupted / name)
+    if kind == "dangling link":
+        own.unlink()
+    with pytest.raises(train.UsageError, match=r"is a link; remove it|is not a regular file, or has a second name"):
+        train.open_own(interrupted / name)
+    assert not own.exists() or own.read_text() == "precious"
 
 
 @pytest.mark.skipif(train.fcntl is None, reason="there is no flock here")
@@ -718,7 +743,7 @@ class HalfWritten(io.FileIO):
         hang()
 
 def hang_in_file(name):
-    stats.open = lambda path, mode: (HalfWritten if path.name == name else open)(path, mode)
+    stats.open = lambda path, mode: (HalfWritten if path.name.startswith(name) else open)(path, mode)
 
 def hang_before_rename(name):
     real = os.replace
@@ -758,15 +783,15 @@ MOMENTS = {
         "real = train.log_progress\ntrain.log_progress = lambda h, *a: hang() if len(h['loss']) == 8 else real(h, *a)",
         8,
     ),
-    "the first checkpoint is half written": ("hang_in_file('.checkpoint-0.npz.tmp')", 0),
-    "a checkpoint is half written": ("hang_in_file('.checkpoint-1.npz.tmp')", 4),
+    "the first checkpoint is half written": ("hang_in_file('.checkpoint-0.npz.')", 0),
+    "a checkpoint is half written": ("hang_in_file('.checkpoint-1.npz.')", 4),
     "a checkpoint is complete but not renamed": ("hang_before_rename('checkpoint-1.npz')", 4),
     "a checkpoint is renamed and history.csv is not": (
         "real = os.replace\n"
         "os.replace = lambda old, new: hang() if new.with_name('checkpoint-1.npz').exists() else real(old, new)",
         8,
     ),
-    "the results are half written": ("hang_in_file('.model.npz.tmp')", 16),
+    "the results are half written": ("hang_in_file('.model.npz.')", 16),
     "the first result is not renamed": ("hang_before_rename('config.json')", 16),
     "half of the results are renamed": ("hang_before_rename('fusion.npz')", 16),
     "metrics.json is not renamed": ("hang_before_rename('metrics.json')", 16),

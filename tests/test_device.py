@@ -293,7 +293,7 @@ def test_a_requested_platform_that_does_not_exist_is_a_usage_error(monkeypatch, 
     monkeypatch.setattr(jax_stack, "devices", devices)
     with pytest.raises(check_data.UsageError) as caught:
         train.first_device("nonsense")
-    assert str(caught.value) == "JAX_PLATFORMS=nonsense: Unknown backend nonsense"
+    assert str(caught.value) == "JAX_PLATFORMS=nonsense: Unknown backend nonsense; unset JAX_PLATFORMS"
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="cores cannot be chosen here")

@@ -24,13 +24,13 @@ def of_lengths(length, label=None):
 # --- the packed features ---
 
 
-def test_sequences_are_packed_one_after_the_other_around_their_mean(tmp_path):
+def test_sequences_are_packed_one_after_the_other_each_around_its_mean(tmp_path):
     folder = write_sequences(tmp_path / "data")
     sequences = check_data.scan(check_data.ScanOptions(str(folder)), keep_features=True).features
     dataset = dataset_of(folder)
-    rows, centre, first = dataset.frames
+    rows, first = dataset.frames
     assert rows.shape == (sum(map(len, sequences)) + max(map(len, sequences)), 12)
-    np.testing.assert_allclose(centre, np.concatenate(sequences).mean(0), atol=1e-5)
+    np.testing.assert_allclose(rows[: len(sequences[0])].mean(0), 0, atol=1e-5)
     np.testing.assert_array_equal(first, np.cumsum(dataset.length) - dataset.length)
     assert not rows[first[-1] + dataset.length[-1] :].any()
     chosen = [5, 0, 95]
@@ -56,7 +56,7 @@ def test_classes_are_in_the_order_of_the_emotions_and_labels_are_their_indices(s
 
 
 def test_the_devices_of_a_cpu_share_one_copy_of_the_frames(jax_stack):
-    frames = train.Frames.of(sequences_of([30, 3, 17, 40]), np.zeros(6, np.float32))
+    frames = train.Frames.of(sequences_of([30, 3, 17, 40]), np.zeros((4, 6), np.float32))
     dataset = many_speakers(1, 3)._replace(length=np.array([30, 3, 17, 40]), frames=frames)
     mesh = jax_stack.sharding.Mesh(np.array(jax_stack.devices("cpu")), ("population",))
     shards = train.to_devices(mesh, train.device_data(dataset, np.zeros((1, 1), int))).rows.addressable_shards
@@ -126,7 +126,9 @@ def test_long_and_short_sequences_together_cost_little_padding(jax_stack):
     rng = np.random.default_rng(0)
     length = np.concatenate([rng.normal(185, 17, 144), rng.normal(127, 25, 744)]).astype(int).clip(60)
     dataset = many_speakers(37, 24)._replace(length=length)
-    dataset = dataset._replace(frames=train.Frames.of([np.zeros((n, 2), np.float32) for n in length], np.zeros(2)))
+    dataset = dataset._replace(
+        frames=train.Frames.of([np.zeros((n, 2), np.float32) for n in length], np.zeros((len(length), 2)))
+    )
     config = dataclasses.replace(SMALL, folds="5", batch=64)
     stored = stats.Stored(stats.Statistics(np.zeros(2), np.ones(2)), user_supplied=True, fingerprint="")
     static, _, _ = train.set_up(train.Experiment(config, dataset, train.make_split(dataset, config), stored))
@@ -149,15 +151,15 @@ def pooling_of(sequences, spare=0, after=0.0):
     Each group has room for `spare` more frames than its longest sequence; `after` follows the last sequence.
     """
     length, jnp = np.array([len(sequence) for sequence in sequences]), train.jnp
-    centre = np.full(sequences[0].shape[1], 5, np.float32)
-    frames = train.Frames.of([*map(np.copy, sequences), np.full((99, len(centre)), after, np.float32)], centre)
-    dataset = of_lengths(np.append(length, 99))._replace(frames=frames)
+    dim = sequences[0].shape[1]
+    means = np.linspace(4, 6, (len(length) + 1) * dim, dtype=np.float32).reshape(-1, dim)  # as if they were
+    frames = train.Frames.of([*map(np.copy, sequences), np.full((99, dim), after, np.float32)], means)
+    dataset = of_lengths(np.append(length, 99))._replace(frames=frames, x=means)
     order = np.append(np.argsort(length, kind="stable"), -1)
     data = train.jax.device_put(train.device_data(dataset, order[:, None]))
     groups = tuple((rows, longest + spare) for rows, longest in train.length_groups(order[:, None], dataset))
     static = train.StaticConfig(None, None, None, 1, groups, 1, False, False)
-    mean, scale = np.full_like(centre, 6), np.full_like(centre, 2)
-    member = train.Member(0, 0, None, None, mean - centre, scale, None, None)
+    member = train.Member(0, 0, None, None, np.float32(6), np.full(dim, 2, np.float32), None, None)
 
     def pooled(query):
         batch = train.gather_batch(static, data, jnp.asarray(order))

@@ -18,9 +18,10 @@ import stats
 import train
 
 
-def predict(data, run, out, *more):
+def predict(data, run, out=None, *more):
     """The exit status of a prediction."""
-    return train.main([str(data), "--predict", str(run), "--out", str(out), *more])
+    folder = [] if out is None else ["--out", str(out)]
+    return train.main([str(data), "--predict", str(run), *folder, *more])
 
 
 def train_and_keep(monkeypatch, arguments):
@@ -151,17 +152,17 @@ def test_the_number_of_files_in_memory_changes_no_answer(trained, tmp_path, monk
 
 
 def test_prediction_scores_labelled_files_of_unseen_speakers(trained, tmp_path, capsys):
-    data = write_sample(tmp_path / "data", actors=6, dim=24)  # the first four of each corpus are training speakers
+    data = write_sample(tmp_path / "data", actors=7, dim=24)  # the first four of each corpus are training speakers
     np.savez(data / "nameless.npz", emb=np.load(data / "cremad_1001_IOM_ANG_XX.npz")["emb"] + 1)
     np.savez(data / "cremad_1006_XXX_ANG_XX.npz", emb=np.zeros(24))
     assert predict(data, trained / "first", tmp_path / "out") == 1
     output = capsys.readouterr().out
     fusion = np.load(tmp_path / "out" / "fusion.npz")
-    unseen = np.isin(fusion["speaker"], ["ravdess:05", "ravdess:06", "cremad:1005", "cremad:1006"])
+    unseen = np.isin(fusion["speaker"], [f"{corpus}{n}" for corpus in ("ravdess:0", "cremad:100") for n in (5, 6, 7)])
     label, predicted = fusion["label"][unseen], fusion["probability"][unseen].argmax(1)
     ua = float(stats.scores(stats.confusion_matrix(label, predicted, 8))["ua"])
     assert f"UA {ua:.4f} (" in output
-    assert f") on {unseen.sum()} files with a known label, of 4 unseen speakers\n" in output
+    assert f") on {unseen.sum()} files with a known label, of 6 unseen speakers\n" in output
     reason = "label or speaker unknown, or the speaker was in the training data"
     assert f"{(~unseen).sum()} not scored: {reason}\n" in output
     assert output.splitlines()[-1] == str(tmp_path / "out" / "predictions.csv")
@@ -171,7 +172,7 @@ def test_prediction_scores_labelled_files_of_unseen_speakers(trained, tmp_path, 
     assert [row["code"] for row in rows_of(tmp_path / "out" / "skipped.csv")] == ["constant"]
 
 
-def test_two_unseen_speakers_have_no_interval(trained, tmp_path, capsys):
+def test_few_unseen_speakers_have_no_interval(trained, tmp_path, capsys):
     data = write_sample(tmp_path / "data", actors=6, dim=24)
     for path in data.iterdir():
         if not path.name.endswith("-05.npz") and not path.name.endswith("-06.npz"):
@@ -264,7 +265,7 @@ def test_prediction_writes_nothing_among_the_features(trained, tmp_path, caplog)
     before = sorted(data.iterdir())
     for given in (data, before[-1]):
         assert predict(given, trained / "first", data) == 2
-        assert "is the folder of the features, or a file" in caplog.messages[-1]
+        assert "is the folder of the features, or has some" in caplog.messages[-1]
     assert sorted(data.iterdir()) == before
     assert predict(data, trained / "first", data / "out") == 1
     assert len(check_data.scan(check_data.ScanOptions(str(data))).records) == 112
@@ -383,6 +384,7 @@ def damage_model(run, **changes):
     """Replace arrays by the last part of their names; None removes them."""
     with np.load(run / "model.npz") as model:
         arrays = {name: changes.get(name.rpartition("/")[2], model[name]) for name in model}
+        arrays |= {name: changes[name] for name in changes if name == "add"}
     np.savez(run / "model.npz", **{name: array for name, array in arrays.items() if array is not None})
     damage_config(run, model=hashlib.sha256((run / "model.npz").read_bytes()).hexdigest())
 
@@ -414,12 +416,21 @@ DAMAGES = {
     "merge a number": (lambda run: damage_config(run, options={"merge": 1}), NOT_FINISHED),
     "merge without =": (lambda run: damage_config(run, options={"merge": [1]}), NOT_FINISHED),
     "no speakers": (lambda run: damage_config(run, speakers=None), NOT_FINISHED),
-    "another pooling": (lambda run: damage_config(run, pooling="attentive"), NOT_TOGETHER),
+    "another pooling": (lambda run: damage_config(run, pooling="attentive"), NOT_FINISHED),
     "a scale of 0": (lambda run: damage_model(run, scale=np.zeros(24, np.float32)), NOT_FINITE),
     "a narrow scale": (lambda run: damage_model(run, scale=np.ones(3, np.float32)), NOT_TOGETHER),
     "mean NaN": (lambda run: damage_model(run, mean=np.full(24, np.nan, np.float32)), NOT_FINITE),
     "the model of another run": (lambda run: damage_config(run, model="0" * 64), NOT_TOGETHER),
-    "no biases": (lambda run: damage_model(run, bias=None), NOT_TOGETHER),
+    "no biases": (lambda run: damage_model(run, bias=None), NOT_FINISHED),
+    "a further array": (lambda run: damage_model(run, add=np.zeros(1)), NOT_FINISHED),
+    "a huge config.json": (lambda run: (run / "config.json").write_bytes(b" " * (1 << 24) + b"{}"), NOT_FINISHED),
+    "a huge model.npz": (lambda run: os.truncate(run / "model.npz", (1 << 30) + 1), NOT_FINISHED),
+    "no classes": (lambda run: damage_config(run, classes=[]), NOT_FINISHED),
+    "a class of a million letters": (lambda run: damage_config(run, classes=["x" * 10**6]), NOT_FINISHED),
+    "a thousand classes": (lambda run: damage_config(run, classes=[str(n) for n in range(1000)]), NOT_FINISHED),
+    "no width": (lambda run: damage_config(run, dim=0), NOT_FINISHED),
+    "a pooling that nobody knows": (lambda run: damage_config(run, pooling="max"), NOT_FINISHED),
+    "a checkpoint": (lambda run: (run / "checkpoint-0.npz").write_bytes(b""), "holds an unfinished run"),
 }
 
 
@@ -448,3 +459,67 @@ def test_an_intact_model_is_loaded_whole(trained):
         "linear/bias": (2, 8),
         "linear/kernel": (2, 24, 8),
     }
+
+
+def test_a_model_is_refused_by_the_names_in_it_before_its_data_are_read(trained, tmp_path, monkeypatch, caplog):
+    shutil.copytree(trained / "first", tmp_path / "run")
+    damage_model(tmp_path / "run", bias=None)
+    monkeypatch.setattr(check_data, "_extract", None)  # reads the data
+    with pytest.raises(check_data.UsageError, match="does not hold the arrays"):
+        train.load_model(tmp_path / "run")
+
+
+def test_an_answer_that_is_not_finite_is_a_finding_and_no_class(trained, tmp_path, monkeypatch, capsys):
+    forward = train.Ensemble.forward
+
+    def overflow(ensemble, features):
+        logits, hidden = forward(ensemble, features)
+        logits[0, 3, 1] = np.nan
+        return logits, hidden
+
+    monkeypatch.setattr(train.Ensemble, "forward", overflow)
+    assert predict(trained / "data", trained / "first", tmp_path / "out") == 1
+    (finding,) = [row for row in rows_of(tmp_path / "out" / "skipped.csv") if row["code"] == "overflow"]
+    files = [row["file"] for row in rows_of(tmp_path / "out" / "predictions.csv")]
+    assert finding["file"] not in files
+    assert len(files) == len(np.load(tmp_path / "out" / "fusion.npz")["id"]) == 112 - 1
+
+
+@pytest.mark.parametrize("name", ["predictions.csv", "skipped.csv", "fusion.npz"])
+def test_prediction_replaces_no_file_of_another_program(trained, tmp_path, name, caplog):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / name).write_text("file,score\n")
+    assert predict(trained / "data", trained / "first", out) == 2
+    assert "that is not of this program" in caplog.messages[-1] or "folder of the features" in caplog.messages[-1]
+    assert [path.read_text() for path in out.iterdir()] == ["file,score\n"]
+    (out / name).unlink()
+    assert predict(trained / "data", trained / "first", out) == 1
+    assert predict(trained / "data", trained / "first", out) == 1  # its own
+
+
+def test_a_link_in_the_folder_of_the_model_is_never_followed(trained, tmp_path, caplog):
+    run, own = shutil.copytree(trained / "first", tmp_path / "run"), tmp_path / "own"
+    own.mkdir()
+    (run / "predict-data").symlink_to(own)
+    assert predict(trained / "data", run) == 2
+    assert predict(trained / "data", run, run / "predict-data" / "deeper") == 2
+    assert "has a link there" in caplog.messages[-1]
+    assert not list(own.iterdir())
+
+
+def test_predictions_are_not_written_among_other_features(trained, tmp_path, caplog):
+    data = shutil.copytree(trained / "data", tmp_path / "data" / "inner").parent
+    for out in (data / "inner", data):
+        assert predict(data, trained / "first", out) == 2
+    assert "folder of the features" in caplog.messages[-1]
+
+
+def test_a_link_to_itself_is_refused_in_one_line(trained, tmp_path, caplog):
+    loop = tmp_path / "loop"
+    loop.symlink_to(loop)
+    data, run = trained / "data", trained / "first"
+    for arguments in ((loop, "--predict", run), (data, "--predict", loop), (data, "--predict", run, "--out", loop)):
+        assert train.main([str(argument) for argument in arguments]) == 2
+    assert train.main([str(loop)]) == train.main([str(data), "--out", str(loop)]) == 2
+    assert not any("\n" in message for message in caplog.messages)

@@ -1,3 +1,4 @@
+import concurrent.futures
 import csv
 import errno
 import inspect
@@ -7,6 +8,7 @@ import json
 import math
 import os
 import pathlib
+import re
 import shutil
 import signal
 import stat
@@ -378,9 +380,10 @@ def test_all_files_are_synced_under_temporary_names_before_the_first_is_renamed(
     replace, fsync = os.replace, os.fsync
 
     def recorded_replace(source, target):
-        events.append((pathlib.Path(source).name, pathlib.Path(target).name))
+        assert re.fullmatch(r"\.[ab]\.[0-9a-f]{16}\.tmp", pathlib.Path(source).name)
+        events.append((pathlib.Path(source).name[:2], pathlib.Path(target).name))
         if len(events) == 3:
-            assert contents(tmp_path) == {".b.tmp": b"new b", ".a.tmp": b"new a", "a": b"old a"}
+            assert sorted(contents(tmp_path).values()) == [b"new a", b"new b", b"old a"]
         replace(source, target)
 
     def recorded_fsync(descriptor):
@@ -391,7 +394,7 @@ def test_all_files_are_synced_under_temporary_names_before_the_first_is_renamed(
     monkeypatch.setattr(os, "replace", recorded_replace)
     monkeypatch.setattr(os, "fsync", recorded_fsync)
     stats.write_files(tmp_path, {"b": b"new b", "a": memoryview(b"new a")})
-    assert events == [5, 5, (".b.tmp", "b"), (".a.tmp", "a"), "folder"]
+    assert events == [5, 5, (".b", "b"), (".a", "a"), "folder"]
     assert contents(tmp_path) == {"a": b"new a", "b": b"new b"}
 
 
@@ -405,14 +408,58 @@ def test_a_full_disk_leaves_the_old_files_and_is_reported_with_the_bytes_needed(
     assert error.value.errno == errno.ENOSPC
     assert error.value.filename == str(tmp_path / "ab"[call - 1])
     # Two are free: the temporary files are gone by then.
-    assert error.value.strerror == "No space left on device: 29 bytes are needed and 2 are free"
+    assert error.value.strerror == "No space left on device: 8192 bytes are needed and 2 are free"
     assert contents(tmp_path) == {"a": b"old a", "b": b"old b"}
 
 
-def test_the_free_space_is_that_of_the_folder(tmp_path, monkeypatch):
+def test_the_bytes_needed_are_not_named_where_enough_are_free(tmp_path, monkeypatch):
+    """A file system without free inodes has no space left either."""
     monkeypatch.setattr(os, "fsync", raise_os_error(errno.ENOSPC))
-    with pytest.raises(OSError, match=r": 5 bytes are needed and \d+ are free"):
+    with pytest.raises(OSError, match="No space") as error:
         stats.write_files(tmp_path, {"a": b"12345"})
+    assert error.value.strerror == "No space left on device"
+
+
+@pytest.mark.parametrize("kind", ["link", "dangling", "fifo"])
+def test_writing_replaces_whatever_has_the_name_of_a_file_and_never_follows_a_link(tmp_path, kind):
+    folder, own = tmp_path / "folder", tmp_path / "own"
+    folder.mkdir()
+    if kind == "link":
+        own.write_bytes(b"precious")
+    if kind == "fifo":
+        os.mkfifo(folder / "a")
+    else:
+        (folder / "a").symlink_to(own)
+        (folder / ".a.tmp").symlink_to(own)
+    stats.write_files(folder, {"a": b"new"})
+    assert (folder / "a").read_bytes() == b"new" and not (folder / "a").is_symlink()
+    assert not own.exists() or own.read_bytes() == b"precious"
+
+
+def test_a_file_that_bears_the_temporary_name_by_chance_is_never_written_to(tmp_path, monkeypatch):
+    own, planted = tmp_path / "own", tmp_path / f".a.{'0' * 16}.tmp"
+    own.write_bytes(b"precious")
+    planted.symlink_to(own)
+    monkeypatch.setattr(stats.secrets, "token_hex", lambda size: "0" * 2 * size)
+    monkeypatch.setattr(stats, "fcntl", None)  # without a lock, nothing that exists is removed
+    with pytest.raises(FileExistsError):
+        stats.write_files(tmp_path, {"a": b"new"})
+    assert own.read_bytes() == b"precious"
+
+
+def test_what_a_kill_left_is_removed_by_the_next_write_and_nothing_else_is(tmp_path):
+    left, own = f".a.{'0a' * 8}.tmp", [f".b.{'0a' * 8}.tmp", ".a.tmp", f"a.{'0a' * 8}.tmp", f".a.{'0g' * 8}.tmp"]
+    for name in (left, *own):
+        (tmp_path / name).write_bytes(b"half")
+    stats.write_files(tmp_path, {"a": b"new"})
+    assert set(contents(tmp_path)) == {"a", *own}
+
+
+def test_files_that_many_write_at_once_are_whole_and_no_writer_fails(tmp_path):
+    blobs = [{"a": bytes([number]) * 50_000, "b": bytes([number]) * 50_000} for number in range(24)]
+    with concurrent.futures.ThreadPoolExecutor(8) as executor:
+        list(executor.map(lambda both: stats.write_files(tmp_path, both), blobs))
+    assert contents(tmp_path) in blobs
 
 
 def test_a_rename_that_fails_names_its_file_and_leaves_no_temporary_file(tmp_path, monkeypatch):
@@ -480,11 +527,12 @@ def test_whichever_call_of_replacing_files_fails_each_file_is_old_or_new(tmp_pat
                 error = caught
         assert {path.name for path in tmp_path.iterdir()} == set(old)
         assert all((tmp_path / name).read_bytes() in (old[name], new[name]) for name in old)
-        if error is None:
+        if number > len(calls):
             break
-        assert error.errno == errno.ENOSPC
+        if number > 1:  # without the lock the files are written all the same
+            assert error.errno == errno.ENOSPC
         stats.write_files(tmp_path, old)
-    assert number == 12  # three files opened, synced and renamed, and the folder opened and synced
+    assert number == 13  # the lock opened, three files opened, synced and renamed, and the folder opened and synced
 
 
 # --- moments ---
@@ -611,6 +659,29 @@ def bad_statistics(folder):
     code, reason = code_and_reason(stats.load, folder)
     assert code == "bad-statistics"
     return reason
+
+
+@pytest.mark.parametrize("arrived", [(stats.MEAN_FILE, stats.STD_FILE), (stats.MEAN_FILE,), (stats.STD_FILE,)])
+@pytest.mark.parametrize("earlier", [False, True])
+def test_statistics_of_the_user_are_never_replaced(tmp_path, arrived, earlier):
+    """They may have arrived while the features were read."""
+    if earlier:
+        stats.save(tmp_path, some_statistics(), "print")
+    for name in arrived:
+        np.save(tmp_path / name, np.full(3, 7, np.float32))
+    before = contents(tmp_path)
+    assert not stats.save(tmp_path, some_statistics(seed=7), "new")
+    assert contents(tmp_path) == before
+
+
+def test_statistics_that_many_save_and_load_at_once_are_never_taken_for_the_users(tmp_path):
+    def save_and_load(seed):
+        assert stats.save(tmp_path, some_statistics(seed=seed), f"print {seed}")
+        return stats.load(tmp_path)
+
+    with concurrent.futures.ThreadPoolExecutor(8) as executor:
+        found = [*executor.map(save_and_load, range(24)), stats.load(tmp_path)]
+    assert not any(stored.user_supplied for stored in found)
 
 
 def test_saved_statistics_are_recognised_as_computed(tmp_path):
@@ -789,7 +860,8 @@ def test_a_kill_at_any_call_leaves_old_new_or_none_and_the_next_save_cleans_up(t
         assert_old_new_or_none(folder, old, new)
         stats.save(folder, new, "new")
         assert len(contents(folder)) == 3
-    assert number == 16  # two removals, five calls for the manifest, eight for the pair: the 16th never comes
+    # The lock, the files that are read, two removals, five calls for the manifest, and eight for the pair.
+    assert number - 1 == 1 + (5 if older else 0) + 2 + 5 + 8
 
 
 @pytest.mark.parametrize(
@@ -963,11 +1035,13 @@ def test_the_majority_is_one_of_labels_not_of_predictions():
     assert stats.majority_scores(np.array([[0, 2], [0, 1]]))["wa"] == pytest.approx(2 / 3)
 
 
-def test_each_group_has_the_confusion_matrix_of_its_own_utterances():
+def test_each_group_has_the_counts_of_its_own_utterances():
     label, predicted = np.array([0, 1, 1, 0, 1]), np.array([0, 1, 0, 1, 0])
-    names, confusions = stats.group_confusions(["b", "a", "b", "b", "b"], label, predicted, 2)
+    names, counts = stats.group_counts(["b", "a", "b", "b", "b"], label, predicted, 2)
     assert names == ["a", "b"]
-    assert confusions.tolist() == [[[0, 0], [0, 1]], [[1, 1], [2, 0]]]
+    of_matrices = stats.Counts.of([[[0, 0], [0, 1]], [[1, 1], [2, 0]]])
+    for found, expected in zip(counts, of_matrices, strict=True):
+        np.testing.assert_array_equal(found, expected)
 
 
 def test_utterances_without_a_group_are_left_out_of_the_group_scores():
@@ -982,49 +1056,70 @@ def test_utterances_without_a_group_are_left_out_of_the_group_scores():
     assert stats.group_scores([None] * 4, label, predicted, 2) == {}
 
 
-def percentile(values, share):
-    """Linear interpolation between the two nearest of the sorted values."""
-    values = sorted(values)
-    position = share * (len(values) - 1)
-    below = math.floor(position)
-    above = min(below + 1, len(values) - 1)
-    return values[below] + (position - below) * (values[above] - values[below])
+def intervals(*confusions):
+    return stats.speaker_intervals(stats.Counts.of(np.stack(confusions)))
 
 
-def test_intervals_are_percentiles_of_2000_resamples_of_the_speakers():
+def test_intervals_are_those_of_the_jackknife_over_speakers():
     confusions = np.random.default_rng(3).integers(0, 50, (7, 3, 3))
-    draws = np.random.default_rng(5).multinomial(7, [1 / 7] * 7, 2000)
-    resampled = {"ua": [], "wa": [], "macro_f1": []}
-    for times in draws:
-        drawn = [confusions[speaker] for speaker in range(7) for _ in range(times[speaker])]
-        assert len(drawn) == 7
-        for name, value in stats.scores(sum(drawn)).items():
-            resampled[name].append(float(value))
-    found = stats.speaker_intervals(confusions, seed=5)
-    assert set(found) == set(resampled)
-    for name, values in resampled.items():
-        assert found[name] == pytest.approx((percentile(values, 0.025), percentile(values, 0.975)), rel=1e-12)
-    assert stats.speaker_intervals(confusions, seed=6) != found
+    found = intervals(*confusions)
+    for name, score in stats.scores(confusions.sum(0)).items():
+        left_out = [stats.scores(np.delete(confusions, speaker, 0).sum(0))[name] for speaker in range(7)]
+        deviation = math.sqrt(6 / 7 * sum((value - np.mean(left_out)) ** 2 for value in left_out))
+        reach = 2.446912 * deviation / (score * (1 - score))  # t of 6 degrees of freedom
+        odds = [math.log(value / (1 - value)) - math.log(score / (1 - score)) for value in found[name]]
+        assert odds == pytest.approx([-reach, reach], rel=1e-3)
+
+
+@pytest.mark.parametrize(("freedom", "t"), [(1, 12.7062), (2, 4.30265), (3, 3.18245), (5, 2.57058), (30, 2.04227)])
+def test_quantiles_of_students_t(freedom, t):
+    assert stats._student_t(freedom) == pytest.approx(t, rel=1e-2)
+
+
+@pytest.mark.parametrize("speakers", [6, 10, 24])
+def test_95_percent_of_the_intervals_hold_the_true_score(speakers):
+    """Recalls that differ between speakers and between the classes of a speaker, around a known mean."""
+    random = np.random.default_rng(speakers)
+
+    def recalls(*shape):
+        return 1 / (1 + np.exp(-1.2 - 0.6 * random.normal(size=(*shape[:-1], 1)) - 0.6 * random.normal(size=shape)))
+
+    true, hits = recalls(200_000, 5).mean(), 0
+    for _ in range(1000):
+        correct = random.binomial(8, recalls(speakers, 5)).astype(float)
+        labelled = np.full_like(correct, 8)
+        low, high = stats.speaker_intervals(stats.Counts(correct, labelled, labelled))["ua"]
+        hits += low <= true <= high
+    assert 930 <= hits <= 970
 
 
 def test_intervals_are_over_speakers_not_utterances():
-    """Half of the speakers are all right and half all wrong: resampled utterances would give a narrow interval."""
+    """Half of the speakers are all right and half all wrong: single utterances would give a narrow interval."""
     right, wrong = np.array([[50, 0], [0, 50]]), np.array([[0, 50], [50, 0]])
-    low, high = stats.speaker_intervals(np.stack([right, wrong] * 4), seed=0)["ua"]
+    low, high = intervals(*[right, wrong] * 4)["ua"]
     assert low <= 0.25
     assert high >= 0.75
-    assert stats.speaker_intervals(np.stack([right] * 8), seed=0)["wa"] == (1, 1)
+    assert intervals(*[right] * 8)["wa"] == (1, 1)
 
 
-def test_the_interval_of_a_single_speaker_is_a_point():
-    scores = stats.scores(CONFUSION)
-    for name, interval in stats.speaker_intervals(CONFUSION[None], seed=0).items():
-        assert interval == (scores[name], scores[name])
+def test_one_speaker_leaves_everything_open():
+    assert set(intervals(CONFUSION).values()) == {(0, 1)}
 
 
-def test_resamples_without_an_utterance_are_left_out_of_the_intervals():
-    intervals = stats.speaker_intervals(np.stack([CONFUSION, np.zeros_like(CONFUSION)]), seed=0)
-    assert intervals["wa"] == (0.75, 0.75)
+def test_a_class_that_one_speaker_alone_has_does_not_widen_the_interval_by_its_absence():
+    """Without that class the mean would be over the others, which are recalled far better."""
+    others = [np.diag([20 + speaker, 20, 0]) + np.eye(3, k=1, dtype=int) * [[1], [1], [0]] for speaker in range(9)]
+    alone = np.diag([20, 20, 1]) + np.array([[0, 0, 0], [0, 0, 0], [9, 0, 0]])
+    low, high = intervals(*others, alone)["ua"]
+    assert 0.60 < low < stats.scores(sum(others) + alone)["ua"] < high < 0.72
+
+
+def test_intervals_of_a_thousand_classes_take_little_memory():
+    """They need the counts of each class alone, not a matrix for each speaker or resample."""
+    label = np.arange(4000) % 1000
+    _, counts = stats.group_counts([f"{n % 50}" for n in range(4000)], label, label[::-1], 1000)
+    assert sum(part.nbytes for part in counts) <= 3 * 50 * 1000 * 8
+    assert len(stats.speaker_intervals(counts)) == 3
 
 
 # --- calibration ---
@@ -1110,17 +1205,17 @@ CLASSES = ("happy", "sad", "angry", "calm")
 
 def test_each_metric_is_that_of_its_own_function():
     label, logits, speaker, fold = predictions()
-    metrics = stats.evaluate(label, logits, speaker, fold, CLASSES, seed=3)
+    metrics = stats.evaluate(label, logits, speaker, fold, CLASSES)
     probability = stats.probabilities(logits)
     predicted = logits.argmax(1)
     confusion = stats.confusion_matrix(label, predicted, 4)
-    names, by_speaker = stats.group_confusions(speaker, label, predicted, 4)
+    names, by_speaker = stats.group_counts(speaker, label, predicted, 4)
     curve = stats.reliability(probability, label)
     expected = {
         "ua": stats.scores(confusion)["ua"],
         "wa": np.mean(predicted == label),
         "macro_f1": stats.scores(confusion)["macro_f1"],
-        **{f"{name}_ci95": list(pair) for name, pair in stats.speaker_intervals(by_speaker, 3).items()},
+        **{f"{name}_ci95": list(pair) for name, pair in stats.speaker_intervals(by_speaker).items()},
         **{f"majority_{name}": value for name, value in stats.majority_scores(confusion).items()},
         "chance_ua": 1 / 4,
         "classes": list(CLASSES),
@@ -1164,13 +1259,6 @@ def test_metrics_are_json():
     assert restored["reliability"][0]["accuracy"] is None
     assert restored["folds"] == metrics["folds"]
     assert all(type(row["n"]) is int for row in restored["reliability"])
-
-
-def test_the_seed_of_the_intervals_is_0_by_default():
-    given = predictions()
-    by_default = stats.evaluate(*given, CLASSES)["ua_ci95"]
-    assert by_default == stats.evaluate(*given, CLASSES, seed=0)["ua_ci95"]
-    assert by_default != stats.evaluate(*given, CLASSES, seed=1)["ua_ci95"]
 
 
 def test_one_test_set_is_one_fold_with_the_scores_of_all():
