@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Scan a folder of NPZ features, read every file strictly, and report what prevents training.
+"""Scan a folder of NPZ or NPY features, read every file strictly, and report what prevents training.
 
     python check_data.py DIR
 
@@ -34,13 +34,29 @@ import emotions
 import stats
 from stats import DataError
 
-#: Names of the array with the features, in order of preference; otherwise, the first float array that is not a label.
-KEYS = ("emb", "embedding", "features", "wav2vec")
-_LABEL_WORDS = ("label", "emotion", "target", "class", "speaker")
+#: Names of the array with the features, in order of preference: the four of the contract, then other common ones.
+KEYS = (
+    *("emb", "embedding", "features", "wav2vec"),
+    *("embeddings", "feats", "feat", "feature", "wav2vec_features", "audio_features", "audio_embedding"),
+    *("audio_embeddings", "speech_features", "acoustic_features", "last_hidden_state", "last_hidden_states"),
+    *("hidden_states", "hidden_state", "pooler_output", "x"),
+)
+# Words of other keys. Two arrays that are named after encoders are a choice for the user.
+_ENCODERS = (
+    r"wav2vec2?|w2v2|hubert|wavlm|xlsr|whisper|emotion2vec|data2vec|unispeech|ecapa|[xdi]_?vectors?|sp(ea)?k(er)?_?"
+    r"emb(edding)?s?|vggish|yamnet|panns|clap|beats|opensmile|e?gemaps|functionals|lld|mfccs?|(log)?_?mel(spectrogram)?"
+    r"|fbanks?|spectrogram"
+)
+_EMOTIONS, _SPEAKERS = r"labels?|emotions?|targets?|class(es)?|y", r"speakers?|spkr?|actors?|subjects?"
+_MEANS, _DEVIATIONS = r"means?|mu|average", r"stds?|sigma|stdev|scale"
+NPY_KEY = ".npy"  # stands for the name of the array in an NPY file, which has none
+_SHORT = 16  # numbers: labels, one-hot vectors, attributes and scores have at most that many
 
+MAX_SQUARE = 1e36  # sum of squares in a file; float32 ends at 3.4e38
 MAX_ARRAY_BYTES = 1 << 28  # an hour at 50 frames per second of 373 float32 values; utterances last seconds
 MAX_CLASSES, MAX_CLASS_NAME = 100, 100  # emotions, and characters in each
-_MAX_ENTRIES = 1000  # a damaged count must not keep the reader busy
+_MAX_ENTRIES = 100_000  # a damaged count must not keep the reader busy
+_MANY = 20  # arrays of one width are a whole set in one file, not the features of an utterance
 
 # The zip records that are read, little-endian (PKWARE APPNOTE 4.3.7, 4.3.12 and 4.3.16).
 _LOCAL_HEADER = struct.Struct("<4s5H3L2H")
@@ -73,7 +89,7 @@ def require(condition: bool, name: str, expected: str) -> None:
 
 def add_options(parser: argparse.ArgumentParser, options: type) -> None:
     """Add every field of an options dataclass to a parser; the first field is the positional DIR."""
-    parser.add_argument("directory", metavar="DIR", help="folder of NPZ files, flat or in subfolders")
+    parser.add_argument("directory", metavar="DIR", help="folder of .npz or .npy files, flat or in subfolders")
     for field in dataclasses.fields(options)[1:]:
         flag, text, default = f"--{field.name.replace('_', '-')}", field.metadata["help"], field.default
         if field.type is bool:
@@ -115,7 +131,7 @@ class Features(NamedTuple):
     """The features read from a file."""
 
     array: np.ndarray  # float32, of shape (D,), (T, D) or (T * D,)
-    key: str  # name of the array
+    key: str  # name of the array, or NPY_KEY
     dtype: str  # in the file
     array_names: tuple[str, ...]  # all arrays in the file
     crc: int
@@ -124,26 +140,34 @@ class Features(NamedTuple):
     stored_shape: tuple[int, ...]  # in the file, with a leading axis and before transposing
 
 
-def _non_zip_error(blob: bytes) -> DataError:
-    """Identify a file that is not a zip archive."""
-    start = blob[:512].lstrip().lower()
+# Beginnings of files that are not what their extension claims, in lower case and without leading blanks.
+_SIGNATURES = (
+    ((b"version https://git-lfs",), "git-lfs", "is a git-lfs pointer: run git lfs pull"),
+    ((b"<!doctype", b"<html", b"<?xml"), "not-npz", "is an HTML page, probably from a failed download"),
+    ((b"\x93numpy",), "not-npz", "is a bare .npy array named .npz"),
+    ((b"pk\x03\x04",), "not-npz", "is a zip archive named .npy"),
+    # The PROTO opcode and pickle protocol 2 to 5.
+    (
+        (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"),
+        "pickle",
+        "is a Python pickle, which can run code and is never loaded",
+    ),
+    ((b"riff",), "not-npz", "is a WAV recording: extract its features first"),
+    ((b"\x89hdf",), "not-npz", "is an HDF5 file"),
+)
+
+
+def _foreign_error(blob: bytes) -> DataError:
+    """Identify a file that is neither a zip archive nor an npy array."""
     if not blob:
         return DataError("empty", "has no bytes")
     if not any(blob[:4096]):
         return DataError("empty", "contains only zero bytes, as after a crash during writing")
-    if blob.startswith(b"PK\x03\x04"):
-        return DataError("truncated", f"ends after {len(blob)} bytes, before the zip directory")
-    if start.startswith(b"version https://git-lfs"):
-        return DataError("git-lfs", "is a git-lfs pointer: run git lfs pull")
-    if start.startswith((b"<!doctype", b"<html", b"<?xml")):
-        return DataError("not-npz", "is an HTML page, probably from a failed download")
-    if blob.startswith(b"\x93NUMPY"):
-        return DataError("not-npz", "is a bare .npy array named .npz")
-    if blob[:1] == b"\x80" and blob[1:2] in b"\x02\x03\x04\x05":  # PROTO opcode and pickle protocol 2 to 5
-        return DataError("pickle", "is a Python pickle, which can run code and is never loaded")
-    if blob.startswith(b"RIFF"):
-        return DataError("not-npz", "is a WAV recording: extract its features first")
-    return DataError("not-npz", "is not a zip archive")
+    start = blob[:512].lstrip().lower()
+    for beginnings, code, reason in _SIGNATURES:
+        if start.startswith(beginnings):
+            return DataError(code, reason)
+    return DataError("not-npz", "is neither a zip archive nor an npy array")
 
 
 def _bad_zip(detail: str) -> DataError:
@@ -193,7 +217,9 @@ def _read_directory(blob: bytes) -> list[ZipEntry]:
     if blob[end : end + 4] != b"PK\x05\x06" or end < 0:
         end = blob.rfind(b"PK\x05\x06")  # earlier, if the archive has a comment
         if end < 0 or len(blob) - end < _END_RECORD.size:
-            raise _non_zip_error(blob)
+            if blob.startswith(b"PK\x03\x04"):
+                raise DataError("truncated", f"ends after {len(blob)} bytes, before the zip directory")
+            raise _foreign_error(blob)
     _, disk, first_disk, n_here, n_entries, size, start, comment = _END_RECORD.unpack_from(blob, end)
     directory_end = end
     if end + _END_RECORD.size + comment != len(blob):
@@ -208,7 +234,7 @@ def _read_directory(blob: bytes) -> list[ZipEntry]:
         raise _bad_zip("inconsistent directory")
     if start + size < directory_end:  # offsets count from the start of the archive
         raise DataError("junk", f"{directory_end - start - size} bytes precede the zip archive")
-    if n_entries > _MAX_ENTRIES:
+    if n_entries > min(_MAX_ENTRIES, size // _DIRECTORY_ENTRY.size):
         raise _bad_zip(f"the directory lists {n_entries} entries")
     entries, position = [], start
     for _ in range(n_entries):
@@ -242,29 +268,43 @@ def _read_entry(blob: bytes, position: int, end: int, begin: int) -> tuple[ZipEn
     size, packed, offset = _resolve_zip64(extra, entry.size, entry.packed, entry.offset)
     if offset != begin:  # entries that overlap or leave gaps are damage or a zip bomb
         raise _bad_zip("invalid directory entry")
-    local = _Local(*_LOCAL_HEADER.unpack_from(blob, begin))
-    local_name_end = begin + _LOCAL_HEADER.size + local.name_length
-    start = local_name_end + local.extra_length
     if entry.flags & 1:
         raise DataError("encrypted", "is encrypted")
     if entry.method not in (_STORED, _DEFLATED):
         raise DataError("unknown-compression", f"uses compression method {entry.method}, not stored or deflated")
+    start, tail = _read_local_header(blob, begin, entry._replace(size=size, packed=packed), name)
+    data_end = start + packed
+    if data_end > end or (entry.method == _STORED and size != packed):
+        raise _bad_zip(f"an entry claims {packed} bytes")
+    if tail and blob[data_end : data_end + 4] == b"PK\x07\x08":  # the magic of a descriptor is optional
+        tail += 4
+    key = name.decode("utf-8", "backslashreplace").removesuffix(".npy")
+    return ZipEntry(key, entry.method, entry.crc, start, data_end, size, data_end + tail), next_position
+
+
+def _read_local_header(blob: bytes, begin: int, entry: _Central, name: bytes) -> tuple[int, int]:
+    """Compare the local header at `begin` with its directory entry.
+
+    Returns
+    -------
+    start, tail
+        Where the data begin, and the size of the descriptor that follows them, without its magic.
+    """
+    local = _Local(*_LOCAL_HEADER.unpack_from(blob, begin))
+    name_end = begin + _LOCAL_HEADER.size + local.name_length
+    start = name_end + local.extra_length
     has_descriptor = bool(entry.flags & 8)  # written to a pipe: sizes and CRC follow the data, not in the local header
-    local_sizes = _resolve_zip64(blob[local_name_end:start], local.size, local.packed)
+    sizes = _resolve_zip64(blob[name_end:start], local.size, local.packed)
     if (
         local[:6] != (b"PK\x03\x04", *entry[2:7])
-        or blob[begin + _LOCAL_HEADER.size : local_name_end] != name
+        or blob[begin + _LOCAL_HEADER.size : name_end] != name
         or entry.flags & ~0x808  # other than bit 3 and bit 11 (UTF-8 names)
-        or not (has_descriptor or (local.crc, *local_sizes) == (entry.crc, size, packed))
+        or not (has_descriptor or (local.crc, *sizes) == (entry.crc, entry.size, entry.packed))
     ):
         raise _bad_zip("a local header and the directory disagree")
-    stop = data_end = start + packed
-    if stop > end or (entry.method == _STORED and size != packed):
-        raise _bad_zip(f"an entry claims {packed} bytes")
-    if has_descriptor:  # CRC and two sizes, of 4 bytes, or of 8 with zip64; the magic before them is optional
-        stop += 4 * (blob[stop : stop + 4] == b"PK\x07\x08") + (20 if 0xFFFFFFFF in (local.size, local.packed) else 12)
-    key = name.decode("utf-8", "backslashreplace").removesuffix(".npy")
-    return ZipEntry(key, entry.method, entry.crc, start, data_end, size, stop), next_position
+    if not has_descriptor:
+        return start, 0
+    return start, 20 if 0xFFFFFFFF in (local.size, local.packed) else 12  # CRC and two sizes; 8 bytes each with zip64
 
 
 class _Layout(NamedTuple):
@@ -280,8 +320,8 @@ class _Layout(NamedTuple):
 _layout_cache: dict[int, _Layout] = {}  # by file size: files of one writer and one size are laid out alike
 
 
-def _locate_features(blob: bytes) -> tuple[ZipEntry, tuple[str, ...]]:
-    """Return the entry that holds the features, and the names of all arrays.
+def _locate_features(blob: bytes, keys: tuple[str, ...]) -> tuple[ZipEntry, bytes | memoryview, tuple[str, ...]]:
+    """Return the entry with the features, its data, and the names of all arrays; `keys` are the names it may have.
 
     The files of a set usually come from one program, so each is first compared with the last valid one of its size. If
     they differ only in data and checksum, all other checks have been made already.
@@ -289,10 +329,11 @@ def _locate_features(blob: bytes) -> tuple[ZipEntry, tuple[str, ...]]:
     layout = _layout_cache.get(len(blob))
     if layout and b"".join([blob[segment] for segment in layout.segments]) == layout.content:
         local, central = (blob[field] for field in layout.checksums)
-        if local == central:
-            return layout.entry._replace(crc=int.from_bytes(local, "little")), layout.names
+        if local == central and (not keys or layout.entry.name in keys):
+            entry = layout.entry._replace(crc=int.from_bytes(local, "little"))
+            return entry, _extract(blob, entry), layout.names
     entries = _read_directory(blob)
-    entry, names = _select_features(blob, entries), tuple(entry.name for entry in entries)
+    (entry, data), names = _select_features(blob, entries, keys), tuple(entry.name for entry in entries)
     if len(entries) == 1 and entry.next == entry.stop:  # the common form: one array, no descriptor after its data
         central = entry.stop + 16  # the CRC in the directory entry; in the local header it is at 14
         segments = (slice(14), slice(18, entry.start), slice(entry.stop, central), slice(central + 4, None))
@@ -300,7 +341,7 @@ def _locate_features(blob: bytes) -> tuple[ZipEntry, tuple[str, ...]]:
             _layout_cache.clear()
         checksums = (slice(14, 18), slice(central, central + 4))
         _layout_cache[len(blob)] = _Layout(segments, b"".join(map(blob.__getitem__, segments)), checksums, entry, names)
-    return entry, names
+    return entry, data, names
 
 
 def _extract(blob: bytes, entry: ZipEntry, limit: int = MAX_ARRAY_BYTES) -> bytes | memoryview:
@@ -327,26 +368,115 @@ def _inflate(data: memoryview, entry: ZipEntry) -> bytes:
     return blob
 
 
-def _select_features(blob: bytes, entries: list[ZipEntry]) -> ZipEntry:
-    """Choose the array that holds the features: a known key, else the first float array that is not a label."""
-    by_key = {entry.name: entry for entry in entries}
-    for key in KEYS:
-        if key in by_key:
-            return by_key[key]
-    candidates = [entry for entry in entries if not any(word in entry.name.lower() for word in _LABEL_WORDS)]
-    for entry in candidates:
-        # Verify the CRC before using the dtype: one flipped bit turns '<f4' into another type, and the next array would
+class Member(NamedTuple):
+    """An array without its values."""
+
+    name: str
+    dtype: np.dtype
+    shape: tuple[int, ...]  # without leading axes of length 1
+    is_one_hot: bool = False
+
+    @classmethod
+    def of(cls, name: str, data: bytes | memoryview) -> "Member":
+        """Describe the bytes of an array; anything else, such as a text file in the archive, counts as an object."""
+        try:
+            header, _ = stats.npy_header(data)
+            leading = next((axis for axis, extent in enumerate(header.shape) if extent != 1), len(header.shape))
+            shape = header.shape[leading:]
+            one_hot = len(shape) == 1 and header.dtype.kind in "fiub" and _is_one_hot(stats.npy_array(data, "fiub"))
+            return cls(name, header.dtype, shape, one_hot)
+        except DataError:
+            return cls(name, np.dtype(object), ())
+
+    def __str__(self) -> str:
+        shape = f"(T, {self.shape[-1]})" if len(self.shape) == 2 else self.shape
+        return f"{self.name} {shape} {self.dtype}"
+
+    @property
+    def is_filled(self) -> bool:
+        return not self.dtype.hasobject and 0 not in self.shape
+
+    @property
+    def is_float(self) -> bool:
+        return self.is_filled and (self.dtype.kind == "f" or self.dtype == "V2")  # what numpy makes of bfloat16
+
+    @property
+    def is_side(self) -> bool:
+        """Whether it is too small to be features beside another array: a label, attributes or scores."""
+        return math.prod(self.shape) <= _SHORT or self.is_one_hot
+
+    @property
+    def rank(self) -> int:
+        """Place in the order of known keys, whose last is shared by all names of encoders; beyond it for other keys."""
+        name = self.name.lower().replace("-", "_")
+        return KEYS.index(name) if name in KEYS else len(KEYS) + (not _is_named(self.name, _ENCODERS))
+
+
+def _is_one_hot(array: np.ndarray) -> bool:
+    return array.size > 1 and np.count_nonzero(array) == 1 and array.max() == 1
+
+
+@functools.lru_cache(4096)
+def _is_named(name: str, pattern: str) -> bool:
+    """Whether a name or one of its words matches; words are joined by `_`, `-`, blanks or capitals."""
+    words = re.findall(r"[A-Z]?[a-z0-9]+|[A-Z0-9]+", name) + re.split(r"[\W_]+", name)
+    return any(re.fullmatch(pattern, word, re.IGNORECASE) for word in (name, *words))
+
+
+def _select_features(
+    blob: bytes, entries: list[ZipEntry], keys: tuple[str, ...]
+) -> tuple[ZipEntry, bytes | memoryview]:
+    """Choose the array with the features, one of `keys` if given, else by its name, type and size; return its data."""
+    by_name = {entry.name: entry for entry in entries}
+    for key in keys or KEYS[:4]:
+        # Verify the CRC before using the dtype: one flipped bit turns '<f4' into another type, and another array would
         # be used in place of the damaged one.
-        header, _ = stats.npy_header(_extract(blob, entry))
-        if header.dtype.kind == "f" and header.shape:
-            return entry
-    if not candidates:
-        raise DataError("no-array", f"contains only labels: {', '.join(by_key)}" if entries else "contains no array")
-    return candidates[0]
+        if key in by_name:
+            data = _extract(blob, by_name[key])
+            if keys or Member.of(key, data).is_filled:
+                return by_name[key], data
+    if keys:
+        raise DataError("no-key", f"has no array {' or '.join(keys)}, but {', '.join(by_name) or 'none'}")
+    data_by_name = {entry.name: _extract(blob, entry) for entry in entries}
+    members = [Member.of(name, data) for name, data in data_by_name.items()]
+    others = [
+        member for member in members if not (member.is_side and _is_named(member.name, f"{_EMOTIONS}|{_SPEAKERS}"))
+    ]
+    if not others:
+        raise DataError("no-array", f"contains only labels: {', '.join(by_name)}" if entries else "contains no array")
+    large = [member for member in others if member.is_filled and not member.is_side]
+    candidates = [member for member in large if member.is_float]
+    best = min((member.rank for member in candidates), default=0)
+    candidates = [member for member in candidates if member.rank == best]
+    if not candidates and not any(member.dtype.kind in "iuc" for member in large):
+        candidates = [member for member in others if member.is_float and member.shape]
+    if len(candidates) > 1:
+        raise DataError("several-arrays", ", ".join(map(str, candidates)))
+    chosen = (candidates or large or others)[0].name  # without candidates, one that is refused with the reason
+    return by_name[chosen], data_by_name[chosen]
 
 
-def read_features(path: str | Path, transpose: bool = False, nan_to_zero: bool = False) -> Features:
-    """Read the features of one NPZ file strictly: headers are not trusted, and nothing is unpickled.
+def _load_array(path: str | Path, keys: tuple[str, ...]) -> tuple[np.ndarray, str, tuple[str, ...], int]:
+    """Return the array with the features as it is stored, its name, the names of all arrays, and its CRC."""
+    blob = stats.read_bytes(path, 2 * MAX_ARRAY_BYTES)
+    if str(path)[-4:].lower() != NPY_KEY:
+        entry, data, names = _locate_features(blob, keys)
+        return stats.npy_array(data), entry.name, names, entry.crc
+    if not blob.startswith(b"\x93NUMPY"):
+        raise _foreign_error(blob)
+    return stats.npy_array(blob), NPY_KEY, (), zlib.crc32(blob)
+
+
+def read_features(
+    path: str | Path, transpose: bool = False, nan_to_zero: bool = False, keys: tuple[str, ...] = ()
+) -> Features:
+    """Read the features of one NPZ or NPY file strictly: headers are not trusted, and nothing is unpickled.
+
+    Parameters
+    ----------
+    keys
+        Names of which the array must have one; empty to choose it by its name, type and size. The array of an NPY file
+        has no name.
 
     Returns
     -------
@@ -358,16 +488,15 @@ def read_features(path: str | Path, transpose: bool = False, nan_to_zero: bool =
     DataError
         For any problem with the file; no other exception is raised.
     """
-    blob = stats.read_bytes(path, 2 * MAX_ARRAY_BYTES)
-    entry, names = _locate_features(blob)
-    stored = stats.npy_array(_extract(blob, entry))
+    stored, key, names, crc = _load_array(path, keys)
     shape = stored.shape
     if not shape or not stored.size:
         raise DataError("empty-array", f"its array has shape {shape}: nothing to train on")
     if stored.ndim > 1 and shape[0] == 1:
         stored = stored[0]
     if stored.ndim > 2:
-        raise DataError("bad-shape", f"its array has shape {shape}; expected (D,), (T, D) or (1, T, D)")
+        expected = f"{stored.shape[0]} layers? expected (D,), (T, D) or (1, T, D)"
+        raise DataError("bad-shape", f"its array has shape {shape}: {expected}")
     array = _to_float32(stored.T if transpose and stored.ndim == 2 else stored)
     array, square = _check_finite(array, nan_to_zero)
     flat = array.reshape(-1)
@@ -375,7 +504,7 @@ def read_features(path: str | Path, transpose: bool = False, nan_to_zero: bool =
         raise DataError("constant", f"all {flat.size} values are {flat[0]:g}: the feature extraction failed")
     rms = math.sqrt(square / flat.size)
     bit_sum = int(flat.view(np.uint32).sum(dtype=np.uint64))
-    return Features(array, entry.name, _dtype_name(stored.dtype), names, entry.crc, rms, bit_sum, shape)
+    return Features(array, key, _dtype_name(stored.dtype), names, crc, rms, bit_sum, shape)
 
 
 _dtype_name = functools.cache(lambda dtype: dtype.name)  # numpy builds the name at every access
@@ -390,19 +519,29 @@ def _to_float32(stored: np.ndarray) -> np.ndarray:
 
 
 def _check_finite(array: np.ndarray, nan_to_zero: bool) -> tuple[np.ndarray, float]:
-    """Reject NaN and Inf, or set them to zero; return the float32 array and its sum of squares."""
+    """Reject NaN and Inf, or set them to zero, and what overflows when squared, as training does with deviations.
+
+    Returns
+    -------
+    array, square
+        The float32 array and its sum of squares.
+    """
     flat = array.reshape(-1)
     # The sum of squares is finite only if every value is; it is needed anyway, and is faster than np.isfinite.
     with np.errstate(over="ignore", invalid="ignore"):
         square = float(flat.dot(flat))
-    if math.isfinite(square):
+    if square < MAX_SQUARE:
         return array, square
     bad = ~np.isfinite(array)
     if bad.any() and not nan_to_zero:
         first = tuple(int(index[0]) for index in np.nonzero(bad))
         raise DataError("not-finite", f"{bad.sum()} of {array.size} values are NaN or Inf, the first at {first}")
     array = np.where(bad, np.float32(0), array)
-    return array, float(np.square(array, dtype=np.float64).sum())  # large finite values overflow in float32
+    square = float(np.square(array, dtype=np.float64).sum())
+    if square >= MAX_SQUARE:
+        reason = f"its values reach {np.abs(array).max():.3g}; their squares overflow float32 in training"
+        raise DataError("absurd-scale", reason)
+    return array, square
 
 
 def read_arrays(path: str | Path, limit: int = 1 << 34, kinds: str = "f") -> dict[str, np.ndarray]:
@@ -438,7 +577,8 @@ def parse_arrays(
 
 #: What to do about each reason for leaving a file out. The finding itself describes what was found.
 REMEDIES = {
-    "unreadable": "check its owner and permissions",
+    "unreadable": "check its owner and permissions, or what it links to",
+    "io-error": "check the disk or the network drive, and copy the file again from its source",
     "not-a-file": "remove it",
     "too-large": "split the recording into utterances",
     "empty": "extract its features again",
@@ -455,12 +595,18 @@ REMEDIES = {
     "bomb": "do not trust its source",
     "bad-npy-header": "copy it again, or extract its features again",
     "no-array": "write its features with np.savez(file, emb=array)",
+    "several-arrays": "choose one with --key NAME",
+    "no-key": "save it as in the other files, or choose another array with --key NAME",
+    "same-stem": "remove one of the two",
     "not-float": "save the features as float32",
     "empty-array": "the recording may be too short; extract its features again",
     "bad-shape": "save one array of shape (D,) or (T, D)",
     "not-finite": "extract its features again, or replace such values by zero with --nan-to-zero",
     "constant": "extract its features again",
-    "absurd-scale": "extract its features again",
+    "absurd-scale": "extract its features again, or from another layer",
+    "statistics-file": "save the two .npy files and move it away",
+    "whole-set": "split it into one file for each utterance",
+    "labels-inside": "write a table of the labels and pass it with --labels",
     "unknown-name": "rename it as its corpus does, move it to an emotion-named folder, or use --pattern or --labels",
     "ambiguous-name": "choose the corpus with --corpus, or prefix the file name with it",
     "label-conflict": "find out which label is right, then rename or move the file",
@@ -472,6 +618,7 @@ REMEDIES = {
     "other-width": "extract all features with one encoder, or choose a width with --dim",
     "overflow": "its features are of another kind or damaged; extract them again",
     "other-encoder": "extract it with the encoder that the model was trained with",
+    "several-rows": "save one vector for each utterance, as in the training data",
 }
 
 #: Observations about files that are used all the same.
@@ -490,6 +637,9 @@ NOTES = {
     "reshaped": "flat vectors that were reshaped to (T, D)",
     "leading-axis": "arrays of shape (1, D) or (1, T, D), read without the leading axis",
     "other-arrays": "further arrays in the files, not used",
+    "mixed-keys": "the features have different names in the files; they must be of one encoder",
+    "equal-length": "all files have the same number of rows, which need not be frames",
+    "no-checksum": "NPY files have no checksum, so that damaged values are not noticed",
 }
 
 
@@ -505,6 +655,7 @@ class ScanOptions:
     labels: str | None = option(None, "CSV file with labels, in the columns file, emotion and speaker")
     merge: tuple[str, ...] = option((), "merge one emotion into another, e.g. calm=neutral; may be repeated")
     classes: str | None = option(None, "keep only these emotions, e.g. happy,sad,angry")
+    key: str | None = option(None, "name of the array with the features, if the files hold several")
     dim: int | None = option(None, "width D of the features, if it cannot be determined from the files")
     transpose: bool = option(False, "sequences are stored as (D, T)")
     nan_to_zero: bool = option(False, "replace NaN and Inf by zero instead of leaving the file out")
@@ -517,9 +668,14 @@ class ScanOptions:
         require(self.dim is None or 1 <= self.dim <= MAX_ARRAY_BYTES, "dim", "at least 1, and no more than a file has")
         require(self.pattern != "", "pattern", "non-empty")
         require(self.labels != "", "labels", "non-empty")
+        require(self.key != "", "key", "non-empty")
         require(not (self.pattern and self.labels), "pattern", "used without --labels")
         require(self.corpus in (None, *emotions.CORPORA), "corpus", f"one of {', '.join(emotions.CORPORA)}")
         require(self.classes is None or bool(_parse_emotions(self.classes)), "classes", "a list like happy,sad,angry")
+
+    def read(self, path: str | Path, model_keys: tuple[str, ...] = ()) -> Features:
+        """Read a file with these options; --key overrides the keys of a model."""
+        return read_features(path, self.transpose, self.nan_to_zero, (self.key,) if self.key else model_keys)
 
 
 def _parse_emotions(text: str) -> list[str]:
@@ -582,6 +738,8 @@ class Scan:
     n_leading_axis: int = 0
     other_files: collections.Counter = dataclasses.field(default_factory=collections.Counter)  # by extension
     other_arrays: collections.Counter = dataclasses.field(default_factory=collections.Counter)  # by name
+    recipes: dict[str, str] = dataclasses.field(default_factory=dict)  # lines that remedy findings, by code
+    keys: tuple[str, ...] = ()  # of a trained model; empty if any will do
     stored: stats.Stored | None = None
     fingerprint: str = ""  # of the names and contents of the files that are used
     reshapes_vectors: bool = False  # whether flat vectors of T * D values are reshaped to (T, D)
@@ -595,6 +753,11 @@ class Scan:
         counts = collections.Counter(getattr(record.utterance, field) for record in self.records)
         order = {word: index for index, word in enumerate(emotions.EMOTIONS)}
         return {key: counts[key] for key in sorted(counts, key=lambda key: (order.get(key, len(order)), key or ""))}
+
+    def keys_used(self) -> dict[str, int]:
+        """Count the files by the name of the array with the features; an NPY file has none."""
+        keys = collections.Counter(record.key for record in self.records if record.key != NPY_KEY)
+        return dict(keys.most_common())
 
     def left_out(self) -> dict[str, int]:
         """Count the files that are left out, by code."""
@@ -633,7 +796,7 @@ _CHECKPOINT_FILES = {"checkpoint-0.npz", "checkpoint-1.npz"}
 
 
 def _walk(folder: Path, scan: Scan) -> Iterator[str]:
-    """Yield the NPZ files below a folder as relative paths, and count what is ignored."""
+    """Yield the NPZ and NPY files below a folder as relative paths, and count what is ignored."""
     # Folders that are reached by a link come after all real ones: otherwise the order of the directory would decide
     # which name a folder gets that has two.
     pending, linked, visited = [""], [], set()
@@ -644,7 +807,8 @@ def _walk(folder: Path, scan: Scan) -> Iterator[str]:
             status = os.stat(path)
             entries = sorted(os.scandir(path), key=lambda entry: entry.name)
         except OSError as error:
-            scan.findings.append(Finding(relative, "unreadable", f"the folder cannot be read: {error.strerror}"))
+            fault = stats.read_fault(error, "the folder cannot be read")
+            scan.findings.append(Finding(relative, fault.code, fault.reason))
             continue
         if (status.st_dev, status.st_ino) in visited:
             continue  # a symbolic link to a parent folder
@@ -653,18 +817,23 @@ def _walk(folder: Path, scan: Scan) -> Iterator[str]:
         if names & _CHECKPOINT_FILES or any(files <= names for files in _RESULT_FILES):
             scan.n_ignored += len(entries)
             continue
+        archives = {entry.name[:-4] for entry in entries if entry.name.lower().endswith(".npz")}
         for entry in entries:
-            file = os.path.join(relative, entry.name)
+            file, suffix = os.path.join(relative, entry.name), entry.name[-4:].lower()
             if entry.name.startswith((".", "~")) or entry.name == "__MACOSX":
                 scan.n_ignored += 1
-            elif entry.name.lower().endswith(".npz"):
+            elif entry.name in (stats.MEAN_FILE, stats.STD_FILE, stats.MANIFEST_FILE):
+                continue
+            elif suffix in (".npz", ".npy"):
                 if _is_folder(entry):
                     scan.findings.append(Finding(file, "not-a-file", "is a folder"))
+                elif suffix == ".npy" and entry.name[:-4] in archives:
+                    scan.findings.append(Finding(file, "same-stem", "lies beside an .npz file of the same name"))
                 else:
                     yield file
             elif _is_folder(entry):
                 (linked if entry.is_symlink() else pending).append(file)
-            elif entry.name not in (stats.MEAN_FILE, stats.STD_FILE, stats.MANIFEST_FILE):
+            else:
                 scan.other_files[os.path.splitext(entry.name)[1].lower() or entry.name] += 1
 
 
@@ -849,6 +1018,149 @@ def width_fault(shape: tuple[int, ...], dim: int, reshapes_vectors: bool) -> tup
     return "other-width", f"shape {shape} does not fit width {dim}"
 
 
+def _is_near(size: float, typical: float) -> bool:
+    return typical / 1000 < size < typical * 1000
+
+
+class Scale(NamedTuple):
+    """Typical size of the features, for files whose values are absurdly large or small."""
+
+    rms: float  # root mean square of a file
+    dimensions: np.ndarray  # size of the values of each dimension, (D,)
+
+    def fault(self, frames: np.ndarray, rms: float) -> tuple[str, str] | None:
+        """Code and reason if frames, (T, D), with this RMS differ from the typical size by a factor of 1000."""
+        if _is_near(rms, self.rms):
+            return None
+        # The RMS may be that of a few huge dimensions, which vary by more than the others.
+        known = self.dimensions > 0
+        ratio = np.abs(frames).mean(0, dtype=np.float64)[known] / self.dimensions[known]
+        if known.any() and _is_near(np.median(ratio), 1):
+            return None
+        return "absurd-scale", f"its RMS is {rms:.3g}, the typical RMS is {self.rms:.3g}"
+
+
+# --- files that are not the features of one utterance ---
+
+Arrays = dict[str, Member]  # by the Python expression that loads them
+
+
+def _first(arrays: Arrays, names: str, accept: Callable[[Member], bool] = bool) -> str | None:
+    """The first array that is named so and accepted."""
+    return next((load for load, member in arrays.items() if _is_named(member.name, names) and accept(member)), None)
+
+
+def _find_statistics(arrays: Arrays) -> dict | None:
+    mean, std = (_first(arrays, names, lambda member: member.is_float) for names in (_MEANS, _DEVIATIONS))
+    return {"mean": mean, "std": std} if mean and std and arrays[mean].shape == arrays[std].shape else None
+
+
+def _find_rows(arrays: Arrays) -> dict | None:
+    """Rows of features, and as many labels, and speakers if there are any."""
+    for load, rows in arrays.items():
+        if len(rows.shape) < 2 or not rows.is_float or _is_named(rows.name, _EMOTIONS):
+            continue
+        as_many = {key: member for key, member in arrays.items() if member.shape[:1] == rows.shape[:1]}
+        columns = {key: member for key, member in as_many.items() if len(member.shape) == 1}
+        speaker = _first(columns, _SPEAKERS)
+        columns.pop(speaker, None)
+        label = _first(columns, _EMOTIONS) or _first(as_many, _EMOTIONS)
+        label = label or _first(columns, ".*", lambda member: member.dtype.kind in "SUO")
+        if label:
+            one_hot = ".argmax(1)" * (len(arrays[label].shape) == 2)
+            found = {"emotion": label + one_hot} | ({"speaker": speaker} if speaker else {})
+            pickled = "; save the labels with .astype(str), not pickled" * arrays[label].dtype.hasobject
+            return {
+                "n": rows.shape[0],
+                "advice": pickled + "; without speakers only a random split is possible" * (not speaker),
+                "names": ", ".join(found),
+                "loads": ", ".join((load, *found.values())),
+                "stem": "-".join(f"{{{name}}}" for name in found),
+                "pattern": "-".join(f"(?P<{name}>.+)" for name in found),
+            }
+    return None
+
+
+def _find_recordings(arrays: Arrays) -> dict | None:
+    """Many arrays of one width, named after their recordings."""
+    widths = collections.Counter(member.shape[-1] for member in arrays.values() if member.is_float and member.shape)
+    n = max(widths.values(), default=0)
+    return {"n": n, "archive": next(iter(arrays)).partition("[")[0]} if n >= max(_MANY, len(arrays) / 2) else None
+
+
+def _find_label(arrays: Arrays) -> dict | None:
+    """Features with their own label beside them."""
+    small = {load: member for load, member in arrays.items() if member.is_filled and member.is_side}
+    label, speaker = (_first(small, names, lambda m: not m.shape or m.is_one_hot) for names in (_EMOTIONS, _SPEAKERS))
+    if not label or not _first(arrays, ".*", lambda member: member.is_float and not member.is_side):
+        return None
+    value = ".argmax()" if small[label].shape else ""
+    cells = [f"data[{small[label].name!r}]{value}.astype(str).item()"]
+    cells.append(f"data[{small[speaker].name!r}].astype(str).item()" if speaker else "''")
+    return {"names": " and ".join(small[load].name for load in (label, speaker) if load), "cells": ", ".join(cells)}
+
+
+def _find_pickles(arrays: Arrays) -> dict | None:
+    return {"n": len(arrays)} if all(member.dtype.hasobject for member in arrays.values()) else None
+
+
+STATISTICS_RECIPE = """np.save({folder!r} + "/wav2vec_mean.npy", {mean})
+np.save({folder!r} + "/wav2vec_std.npy", {std})"""
+ROWS_RECIPE = """os.makedirs("split", exist_ok=True)
+for n, (row, {names}) in enumerate(zip({loads})):
+    np.savez(f"split/{stem}-{{n:05d}}-{file}.npz", emb=row)
+# then: python check_data.py split --pattern '{pattern}-[0-9]+-.*'"""
+RECORDINGS_RECIPE = """os.makedirs("split", exist_ok=True)
+for name, array in {archive}.items():
+    np.savez(f"split/{{name}}.npz", emb=array)
+# then: python check_data.py split"""
+LABELS_RECIPE = """folder, lines = pathlib.Path({folder!r}), [["file", "emotion", "speaker"]]
+for path in folder.rglob("*.npz"):
+    data = np.load(path)
+    lines.append([path.relative_to(folder), {cells}])
+csv.writer(open("labels.csv", "w", newline="")).writerows(lines)
+# then add --labels labels.csv"""
+#: Code, how such a file is recognised, what it is, and the lines of Python that turn it into what is needed.
+CONTENTS = (
+    ("statistics-file", _find_statistics, "looks like statistics", STATISTICS_RECIPE),
+    ("whole-set", _find_rows, "{n} rows and {n} labels: one file for a whole set{advice}", ROWS_RECIPE),
+    ("whole-set", _find_recordings, "{n} arrays of one width: one file for a whole set", RECORDINGS_RECIPE),
+    ("labels-inside", _find_label, "its labels are inside: {names}", LABELS_RECIPE),
+    ("pickle", _find_pickles, "holds pickled Python objects, which can run code and are never loaded", ""),
+)
+
+
+def _load_members(path: Path) -> Arrays:
+    """Describe the arrays of a file; empty if it cannot be read."""
+    load = f"np.load({printable(str(path))!r})"
+    try:
+        blob = stats.read_bytes(path, 2 * MAX_ARRAY_BYTES)
+        if path.suffix.lower() == NPY_KEY:
+            return {load: Member.of(path.stem, blob)}
+        return {f"{load}[{e.name!r}]": Member.of(e.name, _extract(blob, e)) for e in _read_directory(blob)}
+    except DataError:
+        return {}
+
+
+def _explain_contents(result: Scan) -> None:
+    """Replace the findings of files without a label whose contents show what they are."""
+    unknown = [finding.file for finding in result.findings if finding.code in ("unknown-name", "not-in-table")]
+    bare = [file for file in unknown if file.lower().endswith(NPY_KEY)]
+    groups = [[file] for file in unknown if not file.lower().endswith(NPY_KEY)]
+    groups += [bare] * (len(bare) < _MANY)  # they may belong together, such as X.npy and y.npy
+    explained = {}
+    for files in groups:
+        arrays = {load: member for file in files for load, member in _load_members(result.directory / file).items()}
+        for code, find, reason, recipe in CONTENTS:
+            found = find(arrays)
+            if arrays and found:
+                names = {"folder": printable(str(result.directory)), "file": re.sub(r"\W", "_", Path(files[0]).stem)}
+                result.recipes.setdefault(code, recipe.format(**names, **found))
+                explained |= {file: Finding(file, code, reason.format(**found)) for file in files}
+                break
+    result.findings = [explained.get(finding.file, finding) for finding in result.findings]
+
+
 # --- the scan ---
 
 
@@ -878,7 +1190,7 @@ def _no_progress(n_read: int, n_files: int) -> None:
 
 
 def scan(options: ScanOptions, *, keep_features: bool = False, progress: Progress = _no_progress) -> Scan:
-    """Read every NPZ file below a folder and determine which ones training can use.
+    """Read every NPZ and NPY file below a folder and determine which ones training can use.
 
     `check_data.py` and `train.py` both call this function, so they always agree.
 
@@ -892,7 +1204,7 @@ def scan(options: ScanOptions, *, keep_features: bool = False, progress: Progres
     Raises
     ------
     UsageError
-        If there is no such folder, no NPZ file in it, or no majority for a width.
+        If there is no such folder, no NPZ or NPY file in it, no majority for a width, or a choice of arrays.
     stats.DataError
         `bad-statistics`, if the statistics files in the folder cannot be used.
     """
@@ -921,7 +1233,7 @@ def _read_files(
             if emotion is None:
                 result.n_excluded += 1
                 continue
-            features = read_features(f"{folder}{os.sep}{file}", options.transpose, options.nan_to_zero)
+            features = options.read(f"{folder}{os.sep}{file}")
         except DataError as error:
             result.findings.append(Finding(file, error.code, error.reason))
             continue
@@ -944,16 +1256,16 @@ def _read_files(
 
 
 def iter_features(
-    options: ScanOptions, result: Scan, rms: float, merge: tuple[str, ...] = (), progress: Progress = _no_progress
+    options: ScanOptions, result: Scan, scale: Scale, merge: tuple[str, ...] = (), progress: Progress = _no_progress
 ) -> Iterator[tuple[emotions.Utterance, np.ndarray]]:
     """Read the features of a folder or a single file one at a time, for a model that is trained already.
 
     Parameters
     ----------
     result
-        Has the path, the width D, and whether flat vectors are reshaped. Findings are added to it.
-    rms
-        Typical root mean square of the features that the model was trained on.
+        Has the path, the width D, the keys, and whether flat vectors are reshaped. Findings are added to it.
+    scale
+        Of the features that the model was trained on.
     merge
         Emotions that the model merges, in addition to those of the options.
 
@@ -965,7 +1277,7 @@ def iter_features(
     Raises
     ------
     UsageError
-        If there is no such folder or file, or no NPZ file in it.
+        If there is no such folder or file, or no NPZ or NPY file in it.
     """
     emotion_filter = EmotionFilter(options, merge)
     folder, files, paths = _input_files(result)
@@ -975,7 +1287,7 @@ def iter_features(
             emotion = emotion_filter(label.utterance.emotion)
             utterance = dataclasses.replace(label.utterance, file=file, emotion=emotion)
         try:
-            array = _read_fitting(folder / file, options, result, rms)
+            array = _read_fitting(folder / file, options, result, scale)
         except DataError as error:
             result.findings.append(Finding(file, error.code, error.reason))
         else:
@@ -998,17 +1310,21 @@ def _input_files(result: Scan) -> tuple[Path, list[str], list[str]]:
     return path.parent, [path.name], [os.sep.join(path.absolute().parts[-3:])]
 
 
-def _read_fitting(path: Path, options: ScanOptions, result: Scan, rms: float) -> np.ndarray:
+def _read_fitting(path: Path, options: ScanOptions, result: Scan, scale: Scale) -> np.ndarray:
     """Read one file for a trained model, shape (T, D); raise a DataError if its width or scale does not fit."""
-    features = read_features(path, options.transpose, options.nan_to_zero)
-    shape = features.array.shape
-    if fault := width_fault(shape, result.dim, result.reshapes_vectors) or scale_fault(features.rms, rms):
+    features = options.read(path, result.keys)
+    if fault := width_fault(features.array.shape, result.dim, result.reshapes_vectors):
         raise DataError(*fault)
-    return features.array.reshape(-1, result.dim)
+    frames = features.array.reshape(-1, result.dim)
+    if fault := scale.fault(frames, features.rms):
+        raise DataError(*fault)
+    return frames
 
 
 def finalize_scan(result: Scan, options: ScanOptions, moments: dict[int, stats.RunningMoments]) -> None:
     """Determine what depends on the whole set: its width, outliers, duplicates and notes."""
+    _explain_contents(result)
+    _require_one_array(result)
     shapes = collections.Counter(record.shape for record in result.records)
     statistics_width = _statistics_width(result, options)
     known_width = options.dim or statistics_width
@@ -1020,13 +1336,14 @@ def finalize_scan(result: Scan, options: ScanOptions, moments: dict[int, stats.R
         raise _statistics_conflict(statistics_width, f"the files have shape {max(shapes, key=shapes.get)}")
     result.features = [array.reshape(-1, result.dim) for array in result.features]
     result.moments = moments[result.dim].merged() if result.dim in moments else None
-    outliers = scale_outliers(result)
+    outliers = scale_outliers(result, options)
     result.leave_out(outliers)
     if outliers:  # they are in the moments, which cannot be corrected without reading the files again
         result.moments = None
     result.leave_out(_find_duplicates(result, options))
     result.fingerprint = _fingerprint(result)
-    result.notes += sorted(_notes(result))
+    _require_own_statistics(result, options)
+    result.notes += sorted((*_notes(result), *_array_notes(result, options)))
     result.findings.sort()
 
 
@@ -1037,20 +1354,51 @@ def _fingerprint(result: Scan) -> str:
     return hashlib.sha256(listing.encode()).hexdigest()[:16]
 
 
-def scale_outliers(result: Scan) -> dict[str, tuple[str, str]]:
+def scale_outliers(result: Scan, options: ScanOptions) -> dict[str, tuple[str, str]]:
     """Files whose features are 1000 times larger or smaller than usual, with code and reason: damage that is finite."""
     rms = np.array([record.rms for record in result.records])
     if len(rms) < 10 or not (median := np.median(rms)):  # too few for a reference, or half of them zero
         return {}
-    faults = {record.file: scale_fault(record.rms, median) for record in result.records}
+    suspects = [record for record in result.records if not _is_near(record.rms, median)]
+    if not suspects:
+        return {}
+    typical = result.records[np.argsort(rms)[len(rms) // 2]]  # read again, as the suspects are
+    scale = Scale(median, np.abs(_read_again(result, options, typical)).mean(0))
+    faults = {record.file: scale.fault(_read_again(result, options, record), record.rms) for record in suspects}
     return {file: fault for file, fault in faults.items() if fault}
 
 
-def scale_fault(rms: float, typical: float) -> tuple[str, str] | None:
-    """Code and reason if a root mean square differs from the typical one by a factor of 1000, else None."""
-    if typical / 1000 < rms < typical * 1000:
-        return None
-    return "absurd-scale", f"its RMS is {rms:.3g}, the typical RMS is {typical:.3g}"
+def _read_again(result: Scan, options: ScanOptions, record: Record) -> np.ndarray:
+    """The frames, (T, D), of a file that the scan has read before."""
+    return options.read(result.directory / record.file).array.reshape(-1, result.dim)
+
+
+def _require_own_statistics(result: Scan, options: ScanOptions) -> None:
+    """Raise a DataError if statistics that the user supplied are certainly of other features than these files."""
+    if result.stored is None or not result.stored.user_supplied or not result.records:
+        return
+    sample = [_read_again(result, options, record) for record in result.records[:: 1 + len(result.records) // 50]]
+    own = stats.Moments.of(np.concatenate(sample)).statistics()
+    means = np.stack([frames.mean(0) for frames in sample])
+    lowest = float(stats.rank_correlation(means, own.mean).min())
+    if reason := stats.statistics_mismatch(result.stored.statistics, own, lowest):
+        advice = "replace both, or remove them to have them computed"
+        pair = f"{stats.MEAN_FILE} and {stats.STD_FILE}"
+        raise DataError("bad-statistics", f"{pair} are of another encoder than these files: {reason}; {advice}")
+
+
+def _require_one_array(result: Scan) -> None:
+    """Raise a UsageError if most files have several arrays that may be the features, or if the chosen one is not."""
+    several = collections.Counter(finding.reason for finding in result.findings if finding.code == "several-arrays")
+    if several.total() > len(result.records):
+        table = "".join(f"\n  {printable(arrays)}: {files} files" for arrays, files in several.most_common(12))
+        raise UsageError(f"several arrays may be the features; choose one with --key NAME:{table}")
+    contents = collections.Counter((record.crc, record.shape) for record in result.records)
+    files = max(contents.values(), default=0)
+    if result.other_arrays and len(result.records) >= 10 and 2 * files > len(result.records):
+        others = format_counts(dict(result.other_arrays.most_common()), 5)
+        key = printable(result.records[0].key)
+        raise UsageError(f"the array {key} is the same in {files} files: choose another with --key NAME ({others})")
 
 
 def _find_duplicates(result: Scan, options: ScanOptions) -> dict[str, tuple[str, str]]:
@@ -1095,7 +1443,7 @@ def _equal_features(result: Scan, options: ScanOptions) -> Iterator[list[Record]
 
 def _same_features(directory: Path, options: ScanOptions, *pair: Record) -> bool:
     try:
-        arrays = [read_features(directory / r.file, options.transpose, options.nan_to_zero).array for r in pair]
+        arrays = [options.read(directory / record.file).array for record in pair]
     except DataError:  # changed or removed since the scan
         return False
     return np.array_equal(*(array.reshape(-1) for array in arrays))
@@ -1110,8 +1458,21 @@ def _notes(result: Scan) -> Iterator[Note]:
         yield Note("reshaped", f"{n_reshaped} files, D = {result.dim}")
     if result.n_leading_axis:
         yield Note("leading-axis", f"{result.n_leading_axis} files")
+
+
+def _array_notes(result: Scan, options: ScanOptions) -> Iterator[Note]:
+    """Notes on which array of a file was read, and on what its axes may be."""
     if result.other_arrays:
         yield Note("other-arrays", format_counts(dict(result.other_arrays.most_common()), 5))
+    keys = result.keys_used()
+    if n_bare := len(result.records) - sum(keys.values()):
+        yield Note("no-checksum", f"{n_bare} files")
+    if len(keys) > 1:
+        yield Note("mixed-keys", format_counts(keys))
+    rows = {record.shape[0] if len(record.shape) == 2 else 1 for record in result.records}
+    if len(result.records) > 1 and len(rows) == 1 and rows != {1} and not options.transpose:
+        read = f"{rows.pop()} rows of {result.dim} values, read as frames"
+        yield Note("equal-length", f"{read}; features by frames? --transpose; layers of an encoder? save one of them")
 
 
 def _name_notes(result: Scan) -> Iterator[Note]:
@@ -1178,7 +1539,7 @@ def require_folder(directory: str | Path) -> Path:
     Raises
     ------
     UsageError
-        If there is none; the message suggests folders nearby that contain NPZ files.
+        If there is none; the message suggests folders nearby that contain such files.
     """
     path = Path(directory)
     name = printable(str(directory))
@@ -1187,26 +1548,47 @@ def require_folder(directory: str | Path) -> Path:
     except FileNotFoundError:
         raise UsageError(f"{name}: no such folder{_suggest_folders(path.parent)}") from None
     except NotADirectoryError:
-        raise UsageError(f"{name}: is a file; pass the folder that contains the NPZ files") from None
+        raise UsageError(f"{name}: is a file; pass the folder that contains the features") from None
     except OSError as error:
         raise UsageError(f"{name}: cannot be read: {error.strerror}") from None
     return path
 
 
 def _suggest_folders(folder: Path) -> str:
-    """Suggest the usual feature folders, here or one level up, that contain NPZ files; empty if there are none."""
+    """Suggest the usual feature folders, here or one level up, that contain features; empty if there are none."""
     usual = ("models/wav2vec", "wav2vec_features", "wav2vec", "features", "embeddings")
     paths = [base / name for base in (folder, folder.parent) for name in usual]
-    found = [path for path in dict.fromkeys(paths) if os.access(path, os.R_OK) and any(path.glob("*.npz"))]
-    return f"; there are NPZ files in {', '.join(printable(str(path)) for path in found)}" if found else ""
+    found = [path for path in dict.fromkeys(paths) if os.access(path, os.R_OK) and any(path.glob("*.np[yz]"))]
+    return f"; there are features in {', '.join(printable(str(path)) for path in found)}" if found else ""
+
+
+#: What to do about files of other formats.
+FORMATS = {
+    ".wav .flac .mp3 .mp4 .m4a .ogg .opus": "extract embeddings first",
+    ".pt .pth": 'emb=torch.load(path, "cpu", weights_only=True).float().numpy()',
+    ".pkl .pickle .joblib": "pickles can run code and are never loaded; if you made them, write them with np.savez",
+    ".h5 .hdf5": 'emb=h5py.File(path)["NAME"][()]',
+    ".safetensors": 'emb=safetensors.numpy.load_file(path)["NAME"]',
+    ".mat": 'emb=scipy.io.loadmat(path)["NAME"]',
+    ".csv": 'emb=np.genfromtxt(path, delimiter=",", skip_header=1)',
+    ".tsv .txt": "emb=np.genfromtxt(path)",
+    ".json": "emb=json.loads(path.read_text())",
+    ".parquet": 'emb=pandas.read_parquet(path).select_dtypes("number").to_numpy()',
+    ".ark .scp": "read them with kaldiio.load_ark, and write each array with np.savez",
+}
 
 
 def _no_files_message(result: Scan) -> str:
     found = ", ".join(f"{count} {printable(suffix)}" for suffix, count in result.other_files.most_common(5))
     content = f"only {found} files" if found else "the folder is empty"
-    if any(suffix in result.other_files for suffix in (".wav", ".flac", ".mp3", ".mp4")):
-        content += ": extract embeddings first"
-    return f"{printable(str(result.directory))}: no NPZ files; {content}{_suggest_folders(result.directory)}"
+    advice = []
+    for suffixes, kind in FORMATS.items():
+        for suffix in sorted(result.other_files.keys() & set(suffixes.split())):
+            files = f"for path in pathlib.Path({printable(str(result.directory))!r}).rglob('*{suffix}')"
+            convert = f"{files}: np.savez(path.with_suffix('.npz'), {kind})"
+            advice.append(convert if kind.startswith("emb=") else kind)
+    content += f": {'; '.join(dict.fromkeys(advice))}" if advice else ""
+    return f"{printable(str(result.directory))}: no NPZ or NPY files; {content}{_suggest_folders(result.directory)}"
 
 
 def blockers(result: Scan) -> list[str]:
@@ -1284,13 +1666,23 @@ def findings_report(result: Scan, limit: int | None = 20) -> Iterator[str]:
     for code, count in shown.items():
         if limit is not None and count > limit:
             yield f"... and {count - limit} more {code} (--all)"
+    for code, recipe in result.recipes.items():
+        if recipe:
+            yield f"{code}: Python that does it, after import csv, os, pathlib, numpy as np"
+            yield from (f"    {line}" for line in recipe.splitlines())
+
+
+def _kinds(result: Scan) -> str:
+    names = (*(record.file for record in result.records), *(finding.file for finding in result.findings))
+    return " and ".join(sorted({"NPY" if name.lower().endswith(NPY_KEY) else "NPZ" for name in names})) or "NPZ"
 
 
 def summary(result: Scan) -> Iterator[str]:
     """Yield the lines of the summary of a folder."""
     used, unused = len(result.records), len(result.findings)
     excluded = f", {result.n_excluded} excluded by --classes" if result.n_excluded else ""
-    yield f"{printable(str(result.directory))}: {result.n_files} NPZ files, {used} usable, {unused} left out{excluded}"
+    counts = f"{result.n_files} {_kinds(result)} files, {used} usable, {unused} left out{excluded}"
+    yield f"{printable(str(result.directory))}: {counts}"
     if result.n_ignored:
         yield f"  ignored      {result.n_ignored} hidden or temporary files and results of runs"
     if not result.records:
@@ -1322,6 +1714,7 @@ def report(result: Scan) -> dict:
         "ignored": result.n_ignored,
         "left_out": result.left_out(),
         "findings": [finding._asdict() | {"remedy": REMEDIES[finding.code]} for finding in result.findings],
+        "recipes": result.recipes,
         "notes": [note._asdict() | {"meaning": NOTES[note.code]} for note in result.notes],
         "dim": result.dim,
         **{
@@ -1354,7 +1747,7 @@ def exit_status(result: Scan) -> int:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        description="Inspect a folder of speech embeddings (.npz) and name every file that cannot be used, and why."
+        description="Inspect a folder of speech embeddings and name every file that cannot be used, and why."
     )
     add_options(parser, ScanOptions)
     parser.add_argument("--all", action="store_true", help="list every finding instead of at most 20 per code")

@@ -35,6 +35,9 @@ import numpy as np
 #: is rounding noise, and dividing by it would turn the smallest drift into a huge feature.
 EPSILON = 1e-6
 
+#: Statistics that differ by more are of other features. Those of frames may be used for means, which vary by a fifth.
+MAX_RATIO = 20
+
 MEAN_FILE, STD_FILE, MANIFEST_FILE = "wav2vec_mean.npy", "wav2vec_std.npy", "wav2vec_stats.json"
 _MAX_HEADER = 10_000  # bytes of an npy header; numpy's own limit
 
@@ -62,18 +65,24 @@ class DataError(ValueError):
 _OPEN_FLAGS = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
 
 
+def read_fault(error: OSError | ValueError, what: str) -> DataError:
+    """The fault of a file that cannot be read: a failing device is no matter of rights."""
+    failing = getattr(error, "errno", None) in (errno.EIO, errno.ESTALE, errno.ETIMEDOUT)
+    return DataError("io-error" if failing else "unreadable", f"{what}: {getattr(error, 'strerror', error)}")
+
+
 def read_bytes(path: str | Path, limit: int = 1 << 30) -> bytes:
     """Read a regular file of at most `limit` bytes; a FIFO of that name never blocks.
 
     Raises
     ------
     DataError
-        `unreadable`, `not-a-file` or `too-large`.
+        `unreadable`, `io-error`, `not-a-file` or `too-large`.
     """
     try:
         descriptor = os.open(path, _OPEN_FLAGS)
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
-        raise DataError("unreadable", f"cannot be opened: {getattr(error, 'strerror', error)}") from None
+        raise read_fault(error, "cannot be opened") from None
     try:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
@@ -91,7 +100,7 @@ def read_bytes(path: str | Path, limit: int = 1 << 30) -> bytes:
             blob += more
         return blob
     except OSError as error:
-        raise DataError("unreadable", f"cannot be read: {error.strerror}") from None
+        raise read_fault(error, "cannot be read") from None
     finally:
         os.close(descriptor)
 
@@ -176,6 +185,8 @@ def check_size(header: NpyHeader, size: int, kinds: str = "f") -> None:
     dtype = header.dtype
     if dtype.kind not in kinds or dtype.itemsize > 8:  # longdouble differs between machines
         content = "pickled Python objects" if dtype.hasobject else f"{str(dtype)[:40]} numbers"
+        if dtype == "V2":
+            content = "bfloat16 or other numbers without a type"
         raise DataError("not-float", f"the array holds {content}, not float16, float32 or float64")
     declared = math.prod(header.shape) * dtype.itemsize
     if declared != size:
@@ -456,6 +467,8 @@ def _read_statistic(path: Path) -> np.ndarray:
         array = npy_array(read_bytes(path))
     except DataError as error:
         raise DataError("bad-statistics", f"{path.name}: {error.reason}") from None
+    if array.ndim == 2 and 1 in array.shape:  # (1, D) or (D, 1), as with keepdims=True
+        array = array.reshape(-1)
     if array.ndim != 1 or not array.size:
         reason = f"{path.name} has shape {array.shape}; one number per feature, shape (D,), is needed"
         raise DataError("bad-statistics", reason)
@@ -574,6 +587,48 @@ def rank_correlation(x: np.ndarray, reference: np.ndarray) -> np.ndarray:
     norm = np.sqrt(np.square(rank).sum(1))
     rows, last = rank[:-1], rank[-1]
     return rows @ last / np.maximum(norm[:-1] * norm[-1], 1e-9)
+
+
+def encoder_mismatch(mean: np.ndarray, reference: np.ndarray, lowest: float) -> str | None:
+    """Why features with this mean, (D,), are certainly not of the encoder of a data set; None if they may be.
+
+    Parameters
+    ----------
+    reference
+        Mean of the data set, (D,).
+    lowest
+        The lowest rank correlation of an utterance of the data set with it. Features that were normalised have no
+        common mean; then it is low, and nothing can be decided.
+    """
+    similarity = float(rank_correlation(mean[None], reference)[0])
+    if lowest < 0.2 or similarity > lowest / 3:
+        return None
+    return (
+        f"the order of its dimensions correlates by {similarity:.2f} with that of the training data, whose"
+        f" utterances all have {lowest:.2f} or more"
+    )
+
+
+def statistics_mismatch(given: Statistics, own: Statistics, lowest: float) -> str | None:
+    """Why statistics are not those of a data set with statistics `own`; None if they may be, see `encoder_mismatch`.
+
+    Constant ones, such as a mean of 0 or a standard deviation of 1, are a choice that is never questioned.
+    """
+    if np.ptp(given.mean) == 0:
+        return None
+    if reason := encoder_mismatch(given.mean, own.mean, lowest):
+        return reason
+    varying = ~(given.constant() | own.constant())
+    if not varying.any() or np.ptp(given.std) == 0:
+        return None
+    shift = float(np.median(np.abs(own.mean - given.mean)[varying] / given.std[varying]))
+    ratio = float(np.median(given.std[varying] / own.std[varying]))
+    if shift < MAX_RATIO and 1 / MAX_RATIO < ratio < MAX_RATIO:
+        return None
+    return (
+        f"the mean is {shift:.2g} standard deviations off, and the standard deviation is {ratio:.2g} times"
+        " that of the features"
+    )
 
 
 def _ranks(values: np.ndarray) -> np.ndarray:

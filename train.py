@@ -89,7 +89,7 @@ FORWARD_BATCH = 256  # utterances in a product outside training, pooled one by o
 MIN_VARIANCE = 1e-6  # of a pooled frame sequence, after normalisation: the root of 0 has no gradient
 MEASURES = ("loss", "gradient_norm", "validation_loss", "validation_ua")  # of an epoch of a member
 HISTORY = dict.fromkeys(MEASURES, np.float32) | {"active": np.bool_, "skipped": np.int32}
-ARTIFACT_VERSION = 4  # of config.json and model.npz
+ARTIFACT_VERSION = 5  # of config.json and model.npz
 TRAINING_VERSION = 6  # raised when old checkpoints would continue differently, so that they are refused
 MAX_MISTAKES = 10  # in metrics.json and the report
 SCORES = {"ua": "UA (mean recall)", "wa": "WA (accuracy)", "macro_f1": "macro F1"}
@@ -241,7 +241,7 @@ def train_and_score(config: Config, run: "RunFolder", run_log: logging.handlers.
     metrics = evaluate(experiment, trained)
     # Reversed, so that the first finding of each code wins.
     examples = {finding.code: {"file": finding.file, "reason": finding.reason} for finding in reversed(scan.findings)}
-    metrics |= {"left_out": scan.left_out(), "left_out_first": examples}
+    metrics |= {"left_out": scan.left_out(), "left_out_first": examples, "arrays": scan.keys_used()}
     metrics |= {"device": device, "versions": package_versions(), "settings": set_options(config)}
     metrics |= {"command": command_line(config), "seconds": round(time.perf_counter() - started, 1)}
     return scan, experiment, trained, metrics
@@ -1772,6 +1772,8 @@ def describe_model(scan: check_data.Scan, experiment: Experiment, trained: Train
         "dim": scan.dim,
         "pooling": config.pooling if dataset.frames is not None else "mean",
         "reshapes_vectors": scan.reshapes_vectors,
+        "keys": sorted(scan.keys_used()),
+        "longest": int(dataset.moments.count.max()),
         "temperature": trained.choices[-1]["temperature"],
         "encoder_similarity": float(stats.rank_correlation(dataset.x, stored.statistics.mean).min()),
         "rms": float(np.median([record.rms for record in scan.records])),
@@ -1801,7 +1803,7 @@ def fusion_bytes(
     rows = len(utterances)
     number = {name: index for index, name in enumerate(classes)}
     arrays = {
-        "id": np.array([utterance.file.removesuffix(".npz") for utterance in utterances]),
+        "id": np.array([os.path.splitext(utterance.file)[0] for utterance in utterances]),
         "classes": np.array(classes),
         # The calibration is in the parameters, see finish_fold; here it is undone.
         "logits": (answers.logits * answers.temperature[:, None]).astype(np.float32),
@@ -2039,6 +2041,8 @@ def report_html(metrics) -> bytes:
     body += [f"<p class=card>Note: {escape(note)}</p>" for note in metrics["notes"]]
     body += [f"<h2>{heading}</h2>{content}" for heading, content in page_sections(metrics) if content]
     run = {name: metrics[name] for name in ("command", "device", "seconds")} | metrics["versions"]
+    if metrics["arrays"]:  # NPY files have no names of arrays
+        run |= {"array": listed(metrics["arrays"])}
     for heading, values in (("Settings", metrics["settings"]), ("Run and versions", run)):
         body.append(f"<details class=card><summary>{heading}</summary>{facts(values)}</details>")
     return PAGE.substitute(title=escape(title), body="\n".join(body)).encode()
@@ -2504,6 +2508,8 @@ class Model(NamedTuple):
     dim: int
     pooling: str
     reshapes_vectors: bool
+    keys: tuple[str, ...]  # names of the array with the features
+    longest: int  # number of frames of the longest utterance
     merge: tuple[str, ...]
     speakers: tuple[str, ...]  # of the training data; "" stands for unknown ones
     encoder_similarity: float  # the lowest of a training utterance: see stats.rank_correlation
@@ -2512,18 +2518,17 @@ class Model(NamedTuple):
     digest: str  # SHA-256 of model.npz
     ensemble: Ensemble | None = None
 
-    def encoder_mismatch(self, mean) -> str | None:
-        """Why features with this mean, (D,), are not from the encoder of this model; None if they may be.
+    @property
+    def statistics(self) -> stats.Statistics:
+        return stats.Statistics(self.ensemble.mean[0], self.ensemble.scale[0])
 
-        Features that had been normalised have no common mean, so that nothing can be decided.
-        """
-        similarity = float(stats.rank_correlation(mean[None], self.ensemble.mean[0])[0])
-        if self.encoder_similarity < 0.2 or similarity > self.encoder_similarity / 3:
-            return None
-        return (
-            f"the order of its dimensions correlates by {similarity:.2f} with that of the training data, whose"
-            f" utterances all have {self.encoder_similarity:.2f} or more"
-        )
+    def reject(self, frames) -> tuple[str, str] | None:
+        """Code and reason if features, (T, D), are certainly not like those that the model was trained on."""
+        if self.longest == 1 < len(frames):
+            rows = f"{len(frames)} rows, and the model was trained on vectors"
+            return "several-rows", f"has {rows}: as many utterances, the layers of an encoder, or frames?"
+        reason = stats.encoder_mismatch(frames.mean(0), self.statistics.mean, self.encoder_similarity)
+        return ("other-encoder", reason) if reason else None
 
     def is_unseen_speaker(self, speaker: str | None) -> bool:
         """Whether a speaker is certainly not in the training data: only names from one source can be compared."""
@@ -2569,6 +2574,8 @@ def read_description(path: Path) -> Model:
         dim=int(config["dim"]),
         pooling=str(config["pooling"]),
         reshapes_vectors=bool(config["reshapes_vectors"]),
+        keys=tuple(map(str, config["keys"])),
+        longest=int(config["longest"]),
         merge=tuple(map(str, config["options"]["merge"])),
         speakers=tuple(map(str, config["speakers"])),
         encoder_similarity=float(config["encoder_similarity"]),
@@ -2616,13 +2623,15 @@ def run_prediction(config: Config) -> int:
     if config.dim not in (None, model.dim):
         raise UsageError(f"--dim is {config.dim}, but the model needs features {model.dim} wide")
     check_statistics(model, given)
-    scan = check_data.Scan(given, model.dim, reshapes_vectors=model.reshapes_vectors)
+    scan = check_data.Scan(given, model.dim, reshapes_vectors=model.reshapes_vectors, keys=model.keys)
+    mean, scale = model.statistics
+    size = check_data.Scale(model.rms, np.hypot(mean, scale))
     utterances = []
 
     def usable_features():
-        for utterance, frames in check_data.iter_features(config, scan, model.rms, model.merge, log_scan_progress()):
-            if reason := model.encoder_mismatch(frames.mean(0)):
-                scan.findings.append(check_data.Finding(utterance.file, "other-encoder", reason))
+        for utterance, frames in check_data.iter_features(config, scan, size, model.merge, log_scan_progress()):
+            if fault := model.reject(frames):
+                scan.findings.append(check_data.Finding(utterance.file, *fault))
             else:
                 utterances.append(utterance)
                 yield frames
@@ -2667,7 +2676,7 @@ def check_statistics(model: Model, given: Path) -> None:
     mean, name = stored.statistics.mean, printable(str(given / stats.MEAN_FILE))
     if mean.size != model.dim:
         raise UsageError(f"{name} has {mean.size} numbers, but the model needs features {model.dim} wide")
-    if reason := model.encoder_mismatch(mean):
+    if reason := stats.statistics_mismatch(stored.statistics, model.statistics, model.encoder_similarity):
         raise UsageError(f"{name} is of another encoder than the model: {reason}")
 
 

@@ -1,3 +1,4 @@
+import errno
 import io
 import json
 import os
@@ -23,6 +24,7 @@ from check_data import read_features
 
 ROOT = Path(__file__).resolve().parent.parent
 GOOD = np.linspace(-1, 1, 12, dtype=np.float32)
+SCALE = check_data.Scale(1.0, np.ones(12))
 
 
 def scan(folder, keep_features=False, **options):
@@ -32,7 +34,7 @@ def scan(folder, keep_features=False, **options):
 def iter_features(folder, dim=12, reshapes_vectors=False, **options):
     """The utterances and features that a model of this width reads from a folder, and the codes of the findings."""
     result = check_data.Scan(Path(folder), dim, reshapes_vectors=reshapes_vectors)
-    read = list(check_data.iter_features(check_data.ScanOptions(str(folder), **options), result, 1.0))
+    read = list(check_data.iter_features(check_data.ScanOptions(str(folder), **options), result, SCALE))
     return read, {finding.file: finding.code for finding in result.findings}
 
 
@@ -64,14 +66,16 @@ def zip_of(path, arrays, method=zipfile.ZIP_STORED):
         (("wav2vec", "features", "embedding"), "embedding"),
         (("wav2vec", "features"), "features"),
         (("other", "wav2vec"), "wav2vec"),
-        (("layer6", "layer12"), "layer6"),
+        (("other", "Features"), "Features"),
+        (("x", "hidden_states", "last_hidden_state"), "last_hidden_state"),
+        (("x", "feats"), "feats"),
     ],
 )
 def test_keys_have_the_documented_priority(tmp_path, arrays, key):
-    path = write(tmp_path / "x.npz", **{name: GOOD * (index + 1) for index, name in enumerate(arrays)})
+    path = write(tmp_path / "x.npz", **{name: numbers(24, seed=index) for index, name in enumerate(arrays)})
     features = read_features(path)
     assert features.key == key
-    np.testing.assert_array_equal(features.array, GOOD * (arrays.index(key) + 1))
+    np.testing.assert_array_equal(features.array, numbers(24, seed=arrays.index(key)))
 
 
 def test_labels_beside_the_features_are_ignored(tmp_path):
@@ -92,6 +96,251 @@ def test_a_damaged_header_does_not_select_another_array(tmp_path):
     for wrong in (b"4f4", b"<i4", b"<f0", b"|O4"):
         path.write_bytes(blob.replace(b"<f4", wrong, 1))
         assert code_of(path) == "bad-crc"
+
+
+WORDS = np.array(["happy", "sad", "other"])
+
+
+def numbers(*shape, seed=0):
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+@pytest.mark.parametrize(
+    ("arrays", "key"),
+    [
+        ({"emotion2vec": np.arange(96.0), "label": 3}, "emotion2vec"),
+        ({"y": np.eye(8)[2], "x": np.arange(96.0)}, "x"),
+        ({"target": np.eye(24)[2], "vec": np.arange(96.0)}, "vec"),
+        ({"vad": np.arange(3.0), "wavlm_large": np.arange(96.0)}, "wavlm_large"),
+        ({"labels": WORDS, "scores": np.arange(9.0), "anything": np.arange(96.0)}, "anything"),
+        ({"pitch": np.arange(40.0), "wavlm_large": np.arange(96.0)}, "wavlm_large"),
+        ({"emb": np.zeros(0), "more": np.arange(96.0)}, "more"),
+        ({"features": np.array({"a": 1}, object), "more": np.arange(96.0)}, "more"),
+        ({"video_features": np.ones((9, 512)), "audio_features": np.ones((9, 89)), "fps": 30.0}, "audio_features"),
+        ({"ids": np.arange(96), "speaker_embedding": np.arange(192.0)}, "speaker_embedding"),
+        ({"label": 1, "f0": np.arange(12.0)}, "f0"),
+    ],
+)
+def test_the_features_are_known_by_name_type_and_size(tmp_path, arrays, key):
+    path = tmp_path / "x.npz"
+    np.savez(path, **arrays)
+    assert check_data._locate_features(path.read_bytes(), ())[0].name == key
+
+
+@pytest.mark.parametrize("names", [("acoustics", "embed"), ("hubert", "wavlm"), ("layer6", "layer12")])
+def test_several_arrays_that_may_be_the_features_stop_the_scan_until_a_key_is_chosen(tmp_path, names):
+    for k in range(3):
+        named(tmp_path, k, **{name: numbers(20 + width, seed=k) for width, name in enumerate(names)}, label=k)
+    table = rf"--key NAME:\n  {names[0]} \(20,\) float32, {names[1]} \(21,\) float32: 3 files"
+    with pytest.raises(check_data.UsageError, match=table):
+        scan(tmp_path)
+    result = scan(tmp_path, key=names[1])
+    assert (result.dim, result.keys_used()) == (21, {names[1]: 3})
+    assert scan(tmp_path, key="nowhere").left_out() == {"no-key": 3}
+
+
+def test_a_few_files_with_several_arrays_do_not_stop_the_others(tmp_path):
+    for k in range(3):
+        named(tmp_path, k, **({"one": numbers(20), "two": numbers(20)} if k == 1 else {"emb": numbers(20, seed=k)}))
+    assert (scan(tmp_path).left_out(), len(scan(tmp_path).records)) == ({"several-arrays": 1}, 2)
+
+
+def test_an_array_that_is_the_same_in_most_files_is_not_the_features(tmp_path):
+    for k in range(10):
+        named(tmp_path, k, x=np.arange(20.0), other=numbers(20, seed=k))
+    with pytest.raises(check_data.UsageError, match=r"the array x is the same in 10 files: .* --key NAME \(other 10\)"):
+        scan(tmp_path)
+    assert len(scan(tmp_path, key="other").records) == 10
+
+
+def test_different_keys_in_one_folder_are_noted(tmp_path):
+    for k in range(3):
+        named(tmp_path, k, **{"wavlm" if k else "emb": numbers(20, seed=k)})
+    assert check_data.Note("mixed-keys", "wavlm 2, emb 1") in scan(tmp_path).notes
+    assert scan(tmp_path, key="wavlm").left_out() == {"no-key": 1}
+
+
+def test_an_equal_number_of_rows_in_all_files_is_noted(tmp_path):
+    for k in range(3):
+        named(tmp_path, k, hidden_states=numbers(5, 20, seed=k))
+    (note,) = [note for note in scan(tmp_path).notes if note.code == "equal-length"]
+    assert note.text.startswith("5 rows of 20 values, read as frames; ")
+    assert "equal-length" not in codes_of_notes(scan(tmp_path, transpose=True))
+    named(tmp_path, 3, hidden_states=numbers(6, 20))
+    assert "equal-length" not in codes_of_notes(scan(tmp_path))
+
+
+def test_layers_of_sequences_are_recognised(tmp_path):
+    with pytest.raises(stats.DataError, match=r"\(13, 4, 8\): 13 layers\?"):
+        read_features(write(tmp_path / "x.npz", emb=numbers(13, 4, 8)))
+
+
+# --- npy files ---
+
+
+def test_npy_files_are_read_beside_npz_files_and_noted(tmp_path):
+    for k in range(4):
+        array = numbers(20, seed=k)
+        np.save(tmp_path / f"ravdess_03-01-05-01-01-01-{k + 1:02d}.npy", array.astype(">f8")) if k else named(
+            tmp_path, k, emb=array
+        )
+    result = scan(tmp_path, keep_features=True)
+    np.testing.assert_array_equal(np.concatenate(result.features), [numbers(20, seed=k) for k in range(4)])
+    assert check_data.Note("no-checksum", "3 files") in result.notes
+    assert next(check_data.summary(result)).endswith("4 NPY and NPZ files, 4 usable, 0 left out")
+    assert result.keys_used() == {"emb": 1}
+
+
+def test_one_stem_in_both_forms_is_a_finding(tmp_path):
+    np.save(tmp_path / "ravdess_03-01-05-01-01-01-01.npy", GOOD)
+    named(tmp_path, 0)
+    result = scan(tmp_path)
+    assert (len(result.records), result.left_out()) == (1, {"same-stem": 1})
+    assert result.findings[0].file.endswith(".npy")
+
+
+@pytest.mark.parametrize(
+    ("blob", "code"),
+    [
+        (stats.npy_bytes(GOOD)[:-1], "size-mismatch"),
+        (stats.npy_bytes(GOOD) + b"0", "size-mismatch"),
+        (stats.npy_bytes(GOOD)[:50], "bad-npy-header"),
+        (stats.npy_bytes(GOOD * np.nan), "not-finite"),
+        (pickle.dumps(1), "pickle"),
+        (b"PK\x03\x04", "not-npz"),
+        (b"\x89HDF\r\n", "not-npz"),
+        (b"", "empty"),
+    ],
+)
+def test_unusable_npy_files_are_rejected(tmp_path, blob, code):
+    (tmp_path / "x.npy").write_bytes(blob)
+    assert code_of(tmp_path / "x.npy") == code
+
+
+def test_statistics_are_no_features(tmp_path):
+    named(tmp_path, 0)
+    supply(tmp_path, 12)
+    assert (len(scan(tmp_path).records), scan(tmp_path).findings) == (1, [])
+
+
+# --- files that are not the features of one utterance ---
+
+
+def explained(folder):
+    """The code of the only kind of finding, its reason, and the lines that remedy it, run in the folder's parent."""
+    result = scan(folder)
+    (code,) = result.left_out()
+    return code, result.findings[0].reason, result.recipes[code]
+
+
+def run_recipe(recipe, monkeypatch, folder):
+    monkeypatch.chdir(folder)
+    exec("import csv, os, pathlib\nimport numpy as np\n" + recipe)
+
+
+@pytest.mark.parametrize("labels", [np.array(["happy", "sad"] * 4), np.arange(8) % 2, np.eye(2)[np.arange(8) % 2]])
+@pytest.mark.parametrize("form", ["npz", "npy"])
+def test_one_file_for_a_whole_set_is_split_by_the_lines_given(tmp_path, monkeypatch, labels, form):
+    data = tmp_path / "data"
+    data.mkdir()
+    if form == "npz":
+        np.savez(data / "all.npz", X=numbers(8, 20), y=labels)
+    else:
+        np.save(data / "X.npy", numbers(8, 20))
+        np.save(data / "y.npy", labels)
+    code, reason, recipe = explained(data)
+    assert (code, reason[:34]) == ("whole-set", "8 rows and 8 labels: one file for ")
+    assert reason.endswith("without speakers only a random split is possible")
+    run_recipe(recipe, monkeypatch, tmp_path)
+    result = scan(tmp_path / "split", pattern=recipe.split("'")[-2])
+    assert sorted(result.count("emotion").values()) == [4, 4]
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"tokens": np.arange(8)},
+        {"timestamps": np.arange(8.0)},
+        {"text": numbers(8, 30)},
+        {"labels": WORDS},
+        {"speaker": "anna"},
+    ],
+)
+def test_one_utterance_is_not_taken_for_a_whole_set(tmp_path, more):
+    np.savez(tmp_path / "utt.npz", hubert=numbers(8, 20), **more)
+    assert scan(tmp_path).left_out() == {"unknown-name": 1}
+
+
+def test_the_speakers_of_a_whole_set_are_kept(tmp_path, monkeypatch):
+    data = tmp_path / "data"
+    data.mkdir()
+    np.savez(data / "all.npz", features=numbers(4, 20), labels=WORDS[[0, 1, 0, 1]], speakers=np.array(list("aabb")))
+    _, reason, recipe = explained(data)
+    assert reason == "4 rows and 4 labels: one file for a whole set"
+    run_recipe(recipe, monkeypatch, tmp_path)
+    assert scan(tmp_path / "split", pattern=recipe.split("'")[-2]).count("speaker") == {"own:a": 2, "own:b": 2}
+
+
+def test_many_recordings_in_one_file_are_split_by_the_lines_given(tmp_path, monkeypatch):
+    data = tmp_path / "data"
+    data.mkdir()
+    np.savez(data / "all.npz", **{f"03-01-06-01-01-01-{k:02d}": numbers(20, seed=k) for k in range(1, 25)})
+    code, reason, recipe = explained(data)
+    assert (code, reason) == ("whole-set", "24 arrays of one width: one file for a whole set")
+    run_recipe(recipe, monkeypatch, tmp_path)
+    assert len(scan(tmp_path / "split").records) == 24
+
+
+def test_labels_inside_the_files_are_written_to_a_table_by_the_lines_given(tmp_path, monkeypatch):
+    data = tmp_path / "data"
+    data.mkdir()
+    for k in range(4):
+        np.savez(data / f"utt_{k}.npz", x=numbers(20, seed=k), y=WORDS[k % 2], speaker=f"s{k}")
+    code, reason, recipe = explained(data)
+    assert (code, reason) == ("labels-inside", "its labels are inside: y and speaker")
+    run_recipe(recipe, monkeypatch, tmp_path)
+    result = scan(data, labels="labels.csv")
+    assert (result.count("emotion"), len(result.count("speaker"))) == ({"happy": 2, "sad": 2}, 4)
+
+
+@pytest.mark.parametrize("names", [("mu", "sigma"), ("mean", "std"), ("feature_mean", "feature_std")])
+def test_statistics_in_an_npz_are_saved_by_the_lines_given(tmp_path, monkeypatch, names):
+    data = tmp_path / "data"
+    named_folder = data / "more"
+    named_folder.mkdir(parents=True)
+    named(data, 0)
+    np.savez(data / "stats.npz", **dict(zip(names, (np.zeros(12), np.ones(12)))))
+    code, reason, recipe = explained(data)
+    assert (code, reason) == ("statistics-file", "looks like statistics")
+    run_recipe(recipe, monkeypatch, tmp_path)
+    assert stats.load(data).user_supplied
+
+
+def test_a_pickled_dictionary_is_recognised_and_not_loaded(tmp_path):
+    np.save(tmp_path / "features.npy", {"a": GOOD}, allow_pickle=True)
+    assert scan(tmp_path).left_out() == {"pickle": 1}
+
+
+def test_the_lines_are_printed_once(tmp_path):
+    for k in range(3):
+        np.savez(tmp_path / f"utt_{k}.npz", x=numbers(20, seed=k), y="sad")
+    lines = list(check_data.findings_report(scan(tmp_path)))
+    assert sum(line.startswith("labels-inside: Python that does it") for line in lines) == 1
+    assert lines[-1].endswith("--labels labels.csv")
+
+
+@pytest.mark.parametrize(
+    ("suffix", "text"),
+    [(".pth", "weights_only=True"), (".pkl", "pickles can run code"), (".h5", "h5py.File(path)"), (".mat", "loadmat")],
+)
+def test_other_formats_are_named_with_the_lines_that_convert_them(tmp_path, suffix, text):
+    (tmp_path / f"a{suffix}").touch()
+    with pytest.raises(check_data.UsageError) as error:
+        scan(tmp_path)
+    assert f"only 1 {suffix} files" in str(error.value)
+    assert text in str(error.value)
+    assert "allow_pickle" not in str(error.value)
+    assert "pickle.load" not in str(error.value)
 
 
 def test_a_file_with_only_labels_is_rejected(tmp_path):
@@ -184,6 +433,8 @@ def test_archives_by_other_writers_are_read(tmp_path, zip_writer):
         (np.array(["a", "b"]), "not-float"),
         (np.zeros(2, [("a", "f4")]), "not-float"),
         (np.array([{}, 1], object), "not-float"),
+        (np.zeros(20, "V2"), "not-float"),
+        (GOOD * np.float32(1e19), "absurd-scale"),
         (np.array(1.0), "empty-array"),
         (np.zeros((0, 4)), "empty-array"),
         (np.ones((2, 3, 4)), "bad-shape"),
@@ -369,8 +620,9 @@ def test_mutants_are_rejected_or_read_correctly(tmp_path):
     np.savez(tmp_path / "2.npz", label=np.eye(8)[1], wav2vec_features=frames, emotion=np.array("sad"))
     with zipfile.ZipFile(tmp_path / "3.npz", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr(zipfile.ZipInfo("emb.npy"), stats.npy_bytes(frames))
-    blobs = [(tmp_path / f"{number}.npz").read_bytes() for number in range(4)]
-    originals = [read_features(tmp_path / f"{number}.npz").array for number in range(4)]
+    np.savez(tmp_path / "4.npz", scores=frames[0, :3], one=np.array(["a"], object), wavlm=frames, text=np.array("sad"))
+    blobs = [(tmp_path / f"{number}.npz").read_bytes() for number in range(5)]
+    originals = [read_features(tmp_path / f"{number}.npz").array for number in range(5)]
     path, accepted = tmp_path / "x.npz", 0
     count, seed = int(os.environ.get("FUZZ_MUTANTS", 30_000)), int(os.environ.get("FUZZ_SEED", 0))
     with path.open("wb", buffering=0) as file:
@@ -385,6 +637,32 @@ def test_mutants_are_rejected_or_read_correctly(tmp_path):
             accepted += 1
             assert any(np.array_equal(array, good) for good in originals)
     assert accepted < count / 10
+
+
+def test_npy_mutants_are_rejected_or_read_as_numpy_reads_them(tmp_path):
+    """Without a checksum a damaged value is a value; what is read must be what numpy reads."""
+    blobs = [stats.npy_bytes(array) for array in (numbers(16), numbers(3, 8).T, numbers(1, 4).astype(">f8"))]
+    path = tmp_path / "x.npy"
+    count, seed = int(os.environ.get("FUZZ_MUTANTS", 10_000)), int(os.environ.get("FUZZ_SEED", 0))
+    compared = 0
+    with path.open("wb", buffering=0) as file:
+        for blob in mutants(blobs, count, seed):
+            os.pwrite(file.fileno(), blob, 0)
+            os.ftruncate(file.fileno(), len(blob))
+            try:
+                array = read_features(path).array
+            except stats.DataError as error:
+                assert error.code in check_data.REMEDIES
+                continue
+            try:
+                expected = np.load(io.BytesIO(blob))
+            except Exception:  # numpy's own headers are stricter in some ways; there is nothing to compare
+                continue
+            compared += 1
+            with np.errstate(over="ignore"):
+                expected = expected.astype(np.float32)
+            assert np.array_equal(array, expected[0] if expected.ndim > 1 and len(expected) == 1 else expected)
+    assert compared > count / 100
 
 
 def test_kept_features_share_a_block_that_is_freed_with_the_last_of_them(tmp_path):
@@ -462,7 +740,7 @@ def test_iter_features_reads_lazily(tmp_path):
     for name in ("a", "b"):
         write(tmp_path / f"{name}.npz")
     result = check_data.Scan(tmp_path, 12)
-    read = check_data.iter_features(check_data.ScanOptions(str(tmp_path)), result, 1.0)
+    read = check_data.iter_features(check_data.ScanOptions(str(tmp_path)), result, SCALE)
     next(read)
     (tmp_path / "b.npz").write_bytes(b"")
     assert list(read) == []
@@ -593,10 +871,6 @@ def test_a_hostile_file_name_cannot_forge_a_line(tmp_path, name):
 
 def named(folder, number, **arrays):
     return write(folder / f"ravdess_03-01-05-01-01-01-{number + 1:02d}.npz", **arrays)
-
-
-def numbers(*shape, seed=0):
-    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
 def test_flat_sequences_are_reshaped_if_other_files_show_the_width(tmp_path):
@@ -911,6 +1185,57 @@ def test_absurd_scales_are_left_out_and_large_norms_noted(sample):
     assert result.left_out() == {"absurd-scale": 2}
     (note,) = [note for note in result.notes if note.code == "norm-outlier"]
     assert records[2].file in note.text
+
+
+def test_a_few_huge_dimensions_make_no_outlier(tmp_path):
+    for k in range(12):
+        vector = numbers(40, seed=k)
+        vector[:2] = 1e13 if k == 5 else 1e9
+        named(tmp_path, k, emb=vector * np.float32(1e-9 if k == 7 else 1))
+    assert [finding.file[-6:] for finding in scan(tmp_path).findings] == ["08.npz"]
+    scale = check_data.Scale(1e8, np.abs(numbers(40)) + 0.1)
+    vector = numbers(40)
+    vector[:2] = 1e13
+    assert scale.fault(vector[None], 1e12) is None
+    assert scale.fault(vector[None] * 1e4, 1e16)[0] == "absurd-scale"
+
+
+def test_statistics_of_another_encoder_are_refused(tmp_path):
+    centre = 5 * numbers(40, seed=99)
+    for k in range(12):
+        named(tmp_path, k, emb=centre + numbers(40, seed=k))
+    deviation = 1 + np.abs(numbers(40, seed=98))
+    np.save(tmp_path / stats.STD_FILE, deviation)
+    for mean, fits in ((centre + 1, True), (np.zeros(40), True), (centre[::-1], False)):
+        np.save(tmp_path / stats.MEAN_FILE, mean[None])  # also with a leading axis
+        if fits:
+            assert len(scan(tmp_path).records) == 12
+        else:
+            with pytest.raises(stats.DataError, match="of another encoder than these files"):
+                scan(tmp_path)
+
+
+def test_statistics_of_normalised_features_are_never_of_another_encoder(tmp_path):
+    for k in range(12):
+        named(tmp_path, k, emb=numbers(40, seed=k))
+    np.save(tmp_path / stats.MEAN_FILE, 0.1 * numbers(40, seed=97))
+    np.save(tmp_path / stats.STD_FILE, 1 + np.abs(numbers(40, seed=98)))
+    assert len(scan(tmp_path).records) == 12
+    np.save(tmp_path / stats.STD_FILE, 1000 + np.abs(numbers(40, seed=98)))  # their scale does not fit
+    with pytest.raises(stats.DataError, match="times that of the features"):
+        scan(tmp_path)
+
+
+def test_a_failing_device_is_no_matter_of_rights(tmp_path, monkeypatch):
+    named(tmp_path, 0)
+
+    def fail(*_):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "read", fail)
+    result = scan(tmp_path)
+    assert result.left_out() == {"io-error": 1}
+    assert "permission" not in check_data.REMEDIES["io-error"]
 
 
 def test_twins_song_damage_and_unknown_speakers_are_noted(tmp_path):

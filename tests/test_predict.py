@@ -208,7 +208,7 @@ def test_files_of_training_speakers_are_not_scored(trained, tmp_path, capsys):
     ],
 )
 def test_a_speaker_is_unseen_only_if_that_is_certain(training_speakers, speaker, unseen):
-    model = train.Model((), 1, "mean", False, (), training_speakers, 0.0, 1.0, 1.0, None)
+    model = train.Model((), 1, "mean", False, (), 1, (), training_speakers, 0.0, 1.0, 1.0, None)
     assert model.is_unseen_speaker(speaker) == unseen
 
 
@@ -370,6 +370,34 @@ def test_features_that_were_normalised_are_never_of_another_encoder(trained, tmp
     assert json.loads((trained / "first" / "config.json").read_text())["encoder_similarity"] < 0.2
     other = write_sample(tmp_path / "other", actors=1, dim=24, seed=3)
     assert predict(other, trained / "first", tmp_path / "out") == 0
+
+
+# --- which array, and its form ---
+
+
+def test_a_single_npy_file_is_labelled(trained, tmp_path):
+    source = next((trained / "data").glob("ravdess*.npz"))
+    np.save(tmp_path / "one.npy", np.load(source)["emb"])
+    assert predict(tmp_path / "one.npy", trained / "first", tmp_path / "out") == 0
+    assert np.load(tmp_path / "out" / "fusion.npz")["id"].tolist() == ["one"]
+
+
+def test_a_model_of_vectors_refuses_a_matrix(trained, tmp_path, caplog):
+    np.savez(tmp_path / "x.npz", emb=np.stack([np.load(f)["emb"] for f in (trained / "data").glob("ravdess*.npz")]))
+    assert predict(tmp_path / "x.npz", trained / "first", tmp_path / "out") == 2
+    reason = "has 64 rows, and the model was trained on vectors: as many utterances, the layers"
+    assert f"several-rows {reason}" in caplog.text
+    assert train.load_model(trained / "first").reject(np.ones((2, 24)))[0] == "several-rows"
+
+
+def test_the_key_of_the_model_is_demanded_unless_another_is_given(trained, tmp_path, caplog):
+    assert json.loads((trained / "first" / "config.json").read_text())["keys"] == ["emb"]
+    assert json.loads((trained / "first" / "metrics.json").read_text())["arrays"] == {"emb": 112}
+    source = np.load(next((trained / "data").glob("ravdess*.npz")))["emb"]
+    np.savez(tmp_path / "x.npz", features=source, wavlm=source)
+    assert predict(tmp_path / "x.npz", trained / "first", tmp_path / "out") == 2
+    assert "no-key has no array emb, but features, wavlm" in caplog.text
+    assert predict(tmp_path / "x.npz", trained / "first", tmp_path / "out", "--key", "wavlm") == 0
 
 
 # --- damaged models ---

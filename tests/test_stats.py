@@ -131,7 +131,7 @@ def test_a_read_error_is_reported_and_the_file_closed(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "read", fail)
     monkeypatch.setattr(os, "close", lambda descriptor: closed.append(real(descriptor)))
     reason = "cannot be read: Input/output error"
-    assert code_and_reason(stats.read_bytes, tmp_path / "file") == ("unreadable", reason)
+    assert code_and_reason(stats.read_bytes, tmp_path / "file") == ("io-error", reason)
     assert len(closed) == 1
 
 
@@ -869,9 +869,9 @@ def test_a_kill_at_any_call_leaves_old_new_or_none_and_the_next_save_cleans_up(t
     [
         (np.zeros(3), np.ones(4), "wav2vec_mean.npy has 3 numbers and wav2vec_std.npy has 4"),
         (
-            np.zeros((1, 3)),
+            np.zeros((2, 3)),
             np.ones(3),
-            "wav2vec_mean.npy has shape (1, 3); one number per feature, shape (D,), is needed",
+            "wav2vec_mean.npy has shape (2, 3); one number per feature, shape (D,), is needed",
         ),
         (np.zeros(()), np.ones(3), "wav2vec_mean.npy has shape (); one number per feature, shape (D,), is needed"),
         (np.zeros(0), np.ones(0), "wav2vec_mean.npy has shape (0,); one number per feature, shape (D,), is needed"),
