@@ -15,14 +15,17 @@ import argparse
 import collections
 import csv
 import dataclasses
+import difflib
 import functools
 import hashlib
 import io
 import math
 import os
 import re
+import shlex
 import struct
 import sys
+import unicodedata
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -85,6 +88,19 @@ def require(condition: bool, name: str, expected: str) -> None:
     """Raise a UsageError "--NAME must be EXPECTED" unless the condition holds."""
     if not condition:
         raise UsageError(f"--{name.replace('_', '-')} must be {expected}")
+
+
+def suggest(word: str, choices: Iterable[str]) -> str:
+    """Suggest the choice that was probably meant, by its letters or its initials; empty if none is close."""
+    initials = {"".join(part[:1] for part in choice.split("-")): choice for choice in choices}
+    close = difflib.get_close_matches(word.lower(), choices, 1, 0.75)
+    close = close or ([initials[word.lower()]] if len(word) > 2 and word.lower() in initials else [])
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def require_choice(value: str | None, name: str, choices: Iterable[str]) -> None:
+    """Raise a UsageError that lists the choices of an option unless the value is one of them."""
+    require(value in choices, name, f"one of {', '.join(choices)}{suggest(value or '', choices)}")
 
 
 def add_options(parser: argparse.ArgumentParser, options: type) -> None:
@@ -610,8 +626,9 @@ REMEDIES = {
     "unknown-name": "rename it as its corpus does, move it to an emotion-named folder, or use --pattern or --labels",
     "ambiguous-name": "choose the corpus with --corpus, or prefix the file name with it",
     "label-conflict": "find out which label is right, then rename or move the file",
-    "not-in-table": "add a line for it to the table",
+    "not-in-table": "give it a line with its path below DIR in the table",
     "video-only": "remove it: a recording without sound contains no speech",
+    "copy": "remove it",
     "duplicate-conflict": "find out which label is right and remove the other file",
     "duplicate-speaker": "find out which speaker is right and remove the other file",
     "transposed": "save it as (T, D), or transpose all sequences with --transpose",
@@ -625,6 +642,10 @@ REMEDIES = {
 NOTES = {
     "duplicate": "identical features under two names with the same label; both are counted",
     "twins": "the same recording with and without video; both are counted",
+    "tails": "names of a corpus with a tail",
+    "versions": "versions of a recording whose original is here too; they are for training only, and not scored",
+    "same-recording": "files that seem to be of one recording; they stay on one side of the split, and all are counted",
+    "new-class": "classes that are made by --merge and are no known emotion",
     "song": "sung, not spoken; published scores are usually for speech only",
     "known-damaged": "recordings of this corpus that are known to be damaged",
     "norm-outlier": "features with a much larger or smaller norm than the rest",
@@ -643,6 +664,10 @@ NOTES = {
 }
 
 
+#: Values of --folds besides numbers.
+FOLD_SCHEMES = (*emotions.SCHEMES, "leave-one-speaker-out", "table")
+
+
 @dataclasses.dataclass(frozen=True)
 class ScanOptions:
     """The options of a scan; both command lines are built from these fields."""
@@ -652,13 +677,15 @@ class ScanOptions:
     pattern: str | None = option(
         None, "regular expression for the whole file name, with the groups (?P<emotion>...) and (?P<speaker>...)"
     )
-    labels: str | None = option(None, "CSV file with labels, in the columns file, emotion and speaker")
+    labels: str | None = option(None, "CSV file with labels, in the columns file, emotion, speaker, and split or fold")
     merge: tuple[str, ...] = option((), "merge one emotion into another, e.g. calm=neutral; may be repeated")
     classes: str | None = option(None, "keep only these emotions, e.g. happy,sad,angry")
     key: str | None = option(None, "name of the array with the features, if the files hold several")
     dim: int | None = option(None, "width D of the features, if it cannot be determined from the files")
     transpose: bool = option(False, "sequences are stored as (D, T)")
     nan_to_zero: bool = option(False, "replace NaN and Inf by zero instead of leaving the file out")
+    no_versions: bool = option(False, "leave out augmented and other versions of a recording whose original is here")
+    folds: str = option("5", f"number of folds, or one of {', '.join(FOLD_SCHEMES)}")
 
     def __post_init__(self):
         if not str(self.directory):
@@ -670,7 +697,15 @@ class ScanOptions:
         require(self.labels != "", "labels", "non-empty")
         require(self.key != "", "key", "non-empty")
         require(not (self.pattern and self.labels), "pattern", "used without --labels")
-        require(self.corpus in (None, *emotions.CORPORA), "corpus", f"one of {', '.join(emotions.CORPORA)}")
+        if self.corpus is not None:
+            require_choice(self.corpus, "corpus", emotions.CORPORA)
+        require(self.folds != "", "folds", "non-empty")
+        if self.folds not in FOLD_SCHEMES and not (re.fullmatch("[0-9]{1,9}", self.folds) and int(self.folds) > 1):
+            known = f"{', '.join(FOLD_SCHEMES)}{suggest(self.folds, FOLD_SCHEMES)}"
+            raise UsageError(f"--folds {self.folds!r} is not a fold scheme; use a number >= 2 or one of {known}")
+        require(
+            self.folds != "table" or bool(self.labels or self.pattern), "folds", "used with --labels if it is table"
+        )
         require(self.classes is None or bool(_parse_emotions(self.classes)), "classes", "a list like happy,sad,angry")
 
     def read(self, path: str | Path, model_keys: tuple[str, ...] = ()) -> Features:
@@ -687,6 +722,20 @@ def _parse_merges(entries: tuple[str, ...]) -> dict[str, str]:
     valid = all(re.fullmatch(r"\s*[^=,\s]+\s*=\s*[^=,\s]+\s*", entry) for entry in entries)
     require(valid, "merge", "of the form calm=neutral")
     return dict(tuple(_parse_emotions(entry.replace("=", ","))) for entry in entries)
+
+
+def command_line(options: ScanOptions) -> str:
+    """The shell command that trains with these options; those of a scan are also options of train.py."""
+    words = ["python", "train.py"]
+    for field in dataclasses.fields(options)[1:]:
+        value, flag = getattr(options, field.name), f"--{field.name.replace('_', '-')}"
+        if value is True:
+            words.append(flag)
+        elif value != field.default:
+            words += [f"{flag}={one}" for one in (value if isinstance(value, tuple) else (value,))]
+    if options.directory.startswith("-"):
+        words.append("--")
+    return shlex.join([*words, options.directory])
 
 
 class Finding(NamedTuple):
@@ -728,6 +777,7 @@ class Scan:
 
     directory: Path
     dim: int | None = None  # the width D
+    options: ScanOptions | None = None
     records: list[Record] = dataclasses.field(default_factory=list)
     findings: list[Finding] = dataclasses.field(default_factory=list)
     notes: list[Note] = dataclasses.field(default_factory=list)
@@ -735,6 +785,7 @@ class Scan:
     moments: stats.Moments | None = None  # of all frames of width D; None if they include outliers
     n_ignored: int = 0  # hidden and temporary files, and the results of runs
     n_excluded: int = 0  # by --classes
+    n_versions: int = 0  # left out by --no-versions
     n_leading_axis: int = 0
     other_files: collections.Counter = dataclasses.field(default_factory=collections.Counter)  # by extension
     other_arrays: collections.Counter = dataclasses.field(default_factory=collections.Counter)  # by name
@@ -746,7 +797,7 @@ class Scan:
 
     @property
     def n_files(self) -> int:
-        return len(self.records) + len(self.findings) + self.n_excluded
+        return len(self.records) + len(self.findings) + self.n_excluded + self.n_versions
 
     def count(self, field: str) -> dict[str, int]:
         """Count utterances by one field of `Utterance`; emotions are in the order of the vocabulary."""
@@ -767,6 +818,16 @@ class Scan:
     def statistics_are_stale(self) -> bool:
         """Whether the statistics in the folder were computed by train.py, but not for these files."""
         return self.stored is not None and not self.stored.user_supplied and self.stored.fingerprint != self.fingerprint
+
+    @functools.cached_property
+    def folds(self) -> "Folds | UsageError":
+        """The folds that train.py will use, or the reason why there are none."""
+        classes = list(self.count("emotion"))
+        utterances = [record.utterance for record in self.records]
+        try:
+            return assign_folds(self.options, utterances, np.array([classes.index(u.emotion) for u in utterances]))
+        except UsageError as error:
+            return error
 
     def leave_out(self, reasons: dict[str, tuple[str, str]]) -> None:
         """Move files from the records to the findings; `reasons` maps file names to code and reason."""
@@ -852,15 +913,19 @@ class Labelled(NamedTuple):
     source: str  # of the emotion: name, folder, pattern or table
 
 
-def _label_files(files: list[str], options: ScanOptions) -> Iterator[Labelled | DataError]:
+def _label_files(files: list[str], options: ScanOptions) -> list[Labelled | DataError]:
     """Label each file by the user's table or pattern, or else by its name and folders."""
     if options.labels:
-        yield from _label_by_table(files, Path(options.labels))
+        labels = list(_label_by_table(files, Path(options.labels)))
     elif options.pattern:
-        yield from _label_by_pattern(files, options.pattern)
+        labels = list(_label_by_pattern(files, options.pattern))
     else:
-        for file, parsed in zip(files, emotions.parse_names(files, options.corpus)):
-            yield _label_by_name(file, parsed)
+        labels = list(map(_label_by_name, files, emotions.parse_names(files, options.corpus)))
+    places = [place for place, label in enumerate(labels) if isinstance(label, Labelled)]
+    for place, utterance in zip(places, emotions.find_versions(labels[place].utterance for place in places)):
+        if utterance is not labels[place].utterance:
+            labels[place] = labels[place]._replace(utterance=utterance)
+    return labels
 
 
 def _label_by_name(file: str, parsed: emotions.Utterance | ValueError) -> Labelled | DataError:
@@ -871,7 +936,9 @@ def _label_by_name(file: str, parsed: emotions.Utterance | ValueError) -> Labell
         return DataError("ambiguous-name", str(parsed))
     if isinstance(parsed, ValueError):
         if by_folder is None:
-            return DataError("unknown-name", str(parsed))
+            folder = file.rpartition(os.sep)[0]
+            unknown = f", and its folder {folder!r} is not named like a known emotion" if folder else ""
+            return DataError("unknown-name", f"{parsed}{unknown}")
         return Labelled(emotions.Utterance(file, "folder", by_folder, speaker=None), "folder")
     if parsed.modality == "video":
         return DataError("video-only", "is video without sound, according to its name")
@@ -898,28 +965,105 @@ def _label_by_pattern(files: list[str], text: str) -> Iterator[Labelled | DataEr
             yield DataError("unknown-name", f"{stem!r} does not match --pattern")
 
 
-def _label_by_table(files: list[str], table: Path) -> Iterator[Labelled | DataError]:
-    name = printable(str(table))
+# Names of the columns of a table, in order of preference.
+_COLUMNS = {
+    "file": ("file", "path", "filename", "name"),
+    "emotion": ("emotion", "label"),
+    "speaker": ("speaker",),
+    "split": ("split", "fold"),
+}
+
+
+def _read_table(name: str, table: Path) -> dict[str, dict[str, str]]:
+    """Read the lines of a table by the path in them, without extension: the fields of _COLUMNS besides the file."""
     try:
-        with table.open(newline="", encoding="utf-8-sig") as file:  # spreadsheets write a byte order mark
-            rows = list(csv.DictReader(file))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        blob = table.read_bytes()
+        if blob.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in blob[:100]:
+            raise UsageError(f"{name}: cannot be read: it is UTF-16; save it as UTF-8")
+        text = blob.decode("utf-8-sig")  # spreadsheets write a byte order mark
+        header = text.partition("\n")[0]
+        rows = csv.reader(io.StringIO(text, newline=""), delimiter=max(",;\t", key=header.count))
+        found, *rows = [row for row in rows if row] or [[]]
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{name}: cannot be read: it is not UTF-8 (byte {error.start})") from None
+    except (OSError, csv.Error) as error:
         raise UsageError(f"{name}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
-    if not rows or not {"file", "emotion"} <= rows[0].keys():
-        raise UsageError(f"{name}: needs a header line with the columns file and emotion, and speaker if known")
-    by_stem: dict[str, dict] = {}
+    titles = [title.strip().casefold() for title in found]
+    columns = {}
+    for field, known in _COLUMNS.items():
+        columns[field] = next((titles.index(title) for title in known if title in titles), -1)
+    if min(columns["file"], columns["emotion"]) < 0:
+        needed = "file (or path, filename, name) and emotion (or label), and if known, speaker and split (or fold)"
+        shown = printable(", ".join(found)) or "none"
+        raise UsageError(f"{name}: needs a header line with the columns {needed}; found: {shown}")
+    lines: dict[str, dict[str, str]] = {}
     for row in rows:
-        key = emotions.without_extensions(row["file"] or "")
-        if key in by_stem and by_stem[key] != row:
+        line = {field: row[place].strip() if 0 <= place < len(row) else "" for field, place in columns.items()}
+        key = _table_key(line.pop("file"))
+        if lines.setdefault(key, line) != line:
             raise UsageError(f"{name}: has two different lines for {printable(key)}")
-        by_stem[key] = row
-    for file in files:
-        stem = emotions.without_extensions(file).replace(os.sep, "/")
-        row = by_stem.get(stem) or by_stem.get(stem.rpartition("/")[2])
-        if row and (row["emotion"] or "").strip():
-            yield Labelled(emotions.custom_utterance(file, row["emotion"], row.get("speaker")), "table")
+    return lines
+
+
+def _table_key(path: str) -> str:
+    """A path as it is compared: macOS decomposes accented letters, and a table may be from Windows."""
+    return unicodedata.normalize("NFC", emotions.without_extensions(path)).replace("\\", "/")
+
+
+def _endings(path: str) -> Iterator[str]:
+    """The path and its endings at folder boundaries, the longest first: `a/b/c`, `b/c`, `c`."""
+    while path:
+        yield path
+        path = path.partition("/")[2]
+
+
+def _match_paths(paths: Iterable[str], others: Iterable[str]) -> dict[str, list[str]]:
+    """For each path, the others that have the longest ending in common with it, in whole parts."""
+    paths, by_ending = list(paths), collections.defaultdict(list)
+    for other in others:
+        for ending in _endings(other):
+            by_ending[ending].append(other)
+    matches = {}
+    for path in paths:
+        found = next((by_ending[ending] for ending in _endings(path) if ending in by_ending), [])
+        matches[path] = [path] if path in found else found
+    return matches
+
+
+def _other_side(line: str, path: str) -> bool:
+    """Whether the folders are of different sides of a split: MELD has other recordings of the same name in each."""
+    sides = [set(re.findall(r"(?:^|/)(train|dev|val|test)[^/]*(?=/)", each.casefold())) for each in (line, path)]
+    return all(sides) and sides[0].isdisjoint(sides[1])
+
+
+def _label_by_table(files: list[str], table: Path) -> Iterator[Labelled | DataError]:
+    """Label files by the lines of a table whose path is the same or ends alike, such as that of another machine."""
+    name = printable(str(table))
+    lines = _read_table(name, table)
+    keys = {file: _table_key(file.replace(os.sep, "/")) for file in files}
+    lines_of = _match_paths(keys.values(), lines)
+    files_of = _match_paths(lines, keys.values())
+    if files and lines and not any(lines_of.values()):
+        pair = f"{printable(next(iter(lines)))!r} in the table with {printable(files[0])!r} in the folder"
+        raise UsageError(f"{name}: no line fits a file; compare {pair}")
+    for file, key in keys.items():
+        found = lines_of[key]
+        rivals = [other for other in files_of[found[0]] if other != key] if found else []
+        if not found:
+            yield DataError("not-in-table", f"has no line in {name}")
+        elif len(found) > 1:
+            yield DataError("not-in-table", f"fits the lines {found[0]} and {found[1]} of {name}")
+        elif _other_side(found[0], key):
+            yield DataError("not-in-table", f"the line {found[0]} of {name} is of another side")
+        elif rivals:
+            yield DataError("not-in-table", f"the line {found[0]} of {name} fits it and {rivals[0]}")
+        elif emotions.is_unknown(lines[found[0]]["emotion"]):
+            unknown = lines[found[0]]["emotion"]
+            yield DataError("not-in-table", f"has {f'{unknown!r} as' if unknown else 'no'} emotion in {name}")
         else:
-            yield DataError("not-in-table", f"has no emotion in {name}" if row else f"has no line in {name}")
+            emotion, speaker, split = lines[found[0]].values()
+            utterance = emotions.custom_utterance(file, emotion, speaker, {"split": split or None})
+            yield Labelled(utterance, "table")
 
 
 class EmotionFilter:
@@ -932,11 +1076,12 @@ class EmotionFilter:
             self._merged(emotion)  # raises now, and not only once a file has it
         self.classes = None if options.classes is None else _parse_emotions(options.classes)
         self.requested = (*merges, *(self.classes or ()))
-        self.seen: set[str] = set()
+        self.targets = set(merges.values())
+        self.found: set[str] = set()  # in the files
 
     def __call__(self, emotion: str) -> str | None:
-        *steps, merged = self._merged(emotion)
-        self.seen |= {*steps, merged}
+        self.found.add(emotion)
+        merged = self._merged(emotion)[-1]
         return merged if self.classes is None or merged in self.classes else None
 
     def _merged(self, emotion: str) -> list[str]:
@@ -948,12 +1093,21 @@ class EmotionFilter:
                 raise UsageError(f"--merge goes in a circle: {printable(' = '.join(chain))}")
         return chain
 
+    def new_classes(self) -> list[str]:
+        """The targets of --merge that are neither known emotions nor in the files."""
+        return sorted(word for word in self.targets - self.found if not emotions.emotion_word(word))
+
     def check_requested(self) -> None:
-        """Raise a UsageError if no file has an emotion that the user requested; a typo would have no effect."""
-        unknown = [word for word in self.requested if word not in self.seen]
+        """Raise a UsageError if the user requested an emotion that no file has; a typo would have no effect."""
+        seen = sorted({word for emotion in self.found for word in self._merged(emotion)})
+        unknown = [word for word in self.requested if word not in seen]
         if unknown:
-            found = printable(", ".join(sorted(self.seen))) or "none"
-            raise UsageError(f"no file has the emotion {printable(', '.join(unknown))}; found: {found}")
+            found = printable(", ".join(seen)) or "none"
+            closest = printable(suggest(unknown[0], seen))
+            raise UsageError(f"no file has the emotion {printable(', '.join(unknown))}; found: {found}{closest}")
+        for word in self.new_classes():
+            if closest := suggest(word, [*emotions.VOCABULARY, *self.found]):
+                raise UsageError(f"--merge: {printable(word)!r} is not a known emotion{printable(closest)}")
 
 
 # --- the width D of the features ---
@@ -1233,6 +1387,9 @@ def _read_files(
             if emotion is None:
                 result.n_excluded += 1
                 continue
+            if options.no_versions and label.utterance.version:
+                result.n_versions += 1
+                continue
             features = options.read(f"{folder}{os.sep}{file}")
         except DataError as error:
             result.findings.append(Finding(file, error.code, error.reason))
@@ -1252,6 +1409,8 @@ def _read_files(
         if keep_features:
             result.features.append(arena.store(array))
     emotion_filter.check_requested()
+    if new := emotion_filter.new_classes():
+        result.notes.append(Note("new-class", printable(", ".join(new))))
     return moments
 
 
@@ -1323,6 +1482,7 @@ def _read_fitting(path: Path, options: ScanOptions, result: Scan, scale: Scale) 
 
 def finalize_scan(result: Scan, options: ScanOptions, moments: dict[int, stats.RunningMoments]) -> None:
     """Determine what depends on the whole set: its width, outliers, duplicates and notes."""
+    result.options = options
     _explain_contents(result)
     _require_one_array(result)
     shapes = collections.Counter(record.shape for record in result.records)
@@ -1341,10 +1501,21 @@ def finalize_scan(result: Scan, options: ScanOptions, moments: dict[int, stats.R
     if outliers:  # they are in the moments, which cannot be corrected without reading the files again
         result.moments = None
     result.leave_out(_find_duplicates(result, options))
+    _keep_versions_of_records(result)
     result.fingerprint = _fingerprint(result)
     _require_own_statistics(result, options)
     result.notes += sorted((*_notes(result), *_array_notes(result, options)))
     result.findings.sort()
+
+
+def _keep_versions_of_records(result: Scan) -> None:
+    """Treat the versions of a recording whose original has been left out like originals, in place."""
+    utterances = [record.utterance for record in result.records]
+    originals = {utterance.recording for utterance in utterances if not utterance.version}
+    for place, utterance in enumerate(utterances):
+        if utterance.version and utterance.recording not in originals:
+            plain = dataclasses.replace(utterance, version="")
+            result.records[place] = dataclasses.replace(result.records[place], utterance=plain)
 
 
 def _fingerprint(result: Scan) -> str:
@@ -1404,7 +1575,8 @@ def _require_one_array(result: Scan) -> None:
 def _find_duplicates(result: Scan, options: ScanOptions) -> dict[str, tuple[str, str]]:
     """Find files with identical features; return those to leave out, with code and reason, and note the others."""
     reasons, harmless = {}, []
-    for first, *others in _equal_features(result, options):
+    for alike in _equal_features(result, options):
+        first, *others = sorted(alike, key=lambda record: bool(record.utterance.version))
         group = [first, *others]
         speakers = {record.utterance.speaker for record in group}
         if len({record.utterance.emotion for record in group}) > 1:
@@ -1414,17 +1586,25 @@ def _find_duplicates(result: Scan, options: ScanOptions) -> dict[str, tuple[str,
                 label = printable(other.utterance.emotion)
                 reason = f"has the same features as {printable(other.file)}, which is labelled {label}"
                 reasons[record.file] = ("duplicate-conflict", reason)
-        elif len(speakers) > 1 or None in speakers:
-            # All but the first, because a split by speaker could put copies of training data into the test set.
-            for record in others:
+            continue
+        for record in others:
+            if _is_copy(first.utterance, record.utterance):
+                reasons[record.file] = ("copy", f"is a copy of {printable(first.file)}")
+            elif len(speakers) > 1 or None in speakers:
+                # A split by speaker could put copies of training data into the test set.
                 speaker = printable(first.utterance.speaker or "an unknown speaker")
                 reason = f"has the same features as {printable(first.file)} by {speaker}"
                 reasons[record.file] = ("duplicate-speaker", reason)
-        else:
-            harmless += [f"{printable(first.file)} = {printable(record.file)}" for record in others]
+            else:
+                harmless.append(f"{printable(first.file)} = {printable(record.file)}")
     if harmless:
         result.notes.append(Note("duplicate", format_names(harmless)))
     return reasons
+
+
+def _is_copy(first: emotions.Utterance, other: emotions.Utterance) -> bool:
+    """Whether two files with the same features are one recording in one modality, by their names."""
+    return first.recording == other.recording != "" and first.modality == other.modality
 
 
 def _equal_features(result: Scan, options: ScanOptions) -> Iterator[list[Record]]:
@@ -1478,13 +1658,7 @@ def _array_notes(result: Scan, options: ScanOptions) -> Iterator[Note]:
 def _name_notes(result: Scan) -> Iterator[Note]:
     """Notes on the recordings, from their names."""
     utterances = [record.utterance for record in result.records]
-    takes = collections.defaultdict(list)  # files that differ in modality only
-    for utterance in utterances:
-        if utterance.modality:
-            takes[dataclasses.replace(utterance, file="", modality=None)].append(printable(utterance.file))
-    twins = [" = ".join(files) for files in takes.values() if len(files) > 1]
-    if twins:
-        yield Note("twins", format_names(twins))
+    yield from _recording_notes(utterances)
     sung = [printable(utterance.file) for utterance in utterances if utterance.channel == "song"]
     if sung:
         yield Note("song", format_names(sung, 3))
@@ -1494,6 +1668,29 @@ def _name_notes(result: Scan) -> Iterator[Note]:
     nameless = collections.Counter(utterance.corpus for utterance in utterances if utterance.speaker is None)
     if nameless:
         yield Note("no-speaker", format_counts(dict(nameless)))
+
+
+def _recording_notes(utterances: list[emotions.Utterance]) -> Iterator[Note]:
+    """Notes on files of the same recording, from their names."""
+    recordings = collections.defaultdict(list)
+    for utterance in utterances:
+        if not utterance.version:
+            recordings[utterance.recording or utterance.file].append(utterance)
+    shared = [takes for takes in recordings.values() if len(takes) > 1]
+    twins = [takes for takes in shared if len({utterance.modality for utterance in takes}) > 1]
+    if twins:
+        yield Note("twins", format_names([" = ".join(printable(take.file) for take in takes) for takes in twins]))
+    nameless = [len(takes) for takes in shared if takes not in twins and takes[0].speaker is None]
+    if nameless:
+        yield Note("same-recording", f"{sum(nameless)} files of {len(nameless)} recordings")
+    versions = collections.Counter(utterance.version for utterance in utterances if utterance.version)
+    if versions:
+        counts = format_counts(dict(versions.most_common()), 5)
+        yield Note("versions", f"{versions.total()} files of {len(utterances)} ({counts})")
+    plain = [utterance for utterance in utterances if utterance.corpus in emotions.CORPORA and not utterance.version]
+    tails = collections.Counter(utterance.tail for utterance in plain if utterance.tail)
+    if tails:
+        yield Note("tails", format_counts(dict(tails.most_common()), 5))
 
 
 def _class_notes(result: Scan) -> Iterator[Note]:
@@ -1603,7 +1800,163 @@ def blockers(result: Scan) -> list[str]:
         return [f"{len(classes)} emotions, of up to {max(map(len, classes))} characters: {question}"]
     if len(result.records) < 10:
         return [f"{len(result.records)} usable files are too few to train and test on; add more"]
-    return []
+    return [result.folds.args[0]] if isinstance(result.folds, UsageError) else []
+
+
+# --- the split ----------------------------------------------------------------------------------------------------
+
+
+class Folds(NamedTuple):
+    """Which utterances are tested together, and what must stay on one side of every split; all arrays have shape (N,).
+
+    `fold` counts from 0; it is -1 where the speaker is tested in no fold. `speaker` is that of each utterance, or its
+    recording where the speakers are not known. `original` is False for versions, which are only trained on.
+    `validation` has the mask of each fold whose validation utterances are prescribed.
+    """
+
+    speaker: np.ndarray
+    recording: np.ndarray
+    original: np.ndarray
+    fold: np.ndarray
+    validation: list[np.ndarray]
+    independent: bool
+    notes: list[str]
+
+    @property
+    def number(self) -> int:
+        return int(self.fold.max()) + 1
+
+
+def assign_folds(options: ScanOptions, utterances: list[emotions.Utterance], label: np.ndarray) -> Folds:
+    """Assign utterances to test folds by speaker; the seed of the options, if any, decides among equals.
+
+    Raises
+    ------
+    UsageError
+        If the speakers do not suffice for --folds, or the user's own split cannot be used.
+    """
+    scheme, seed = options.folds, getattr(options, "seed", 0)
+    recording = np.array([utterance.recording or utterance.file for utterance in utterances])
+    original = np.array([not utterance.version for utterance in utterances])
+    speaker, independent, notes = _name_speakers(utterances, recording)
+    validation = []
+    if scheme == "table":
+        fold, validation = _table_folds(utterances)
+        if not independent or _straddles(speaker, fold, validation):
+            independent, speaker = False, np.array([utterance.file for utterance in utterances])
+            problem = "speakers are unknown or on several sides of the table's split"
+            notes = [f"{problem}: the scores are NOT speaker-independent"]
+    elif not scheme.isdecimal() and speaker is recording:
+        raise UsageError(f"--folds {scheme} needs file names that identify speakers; use --folds 5")
+    else:
+        fold, validation, more = _scheme_folds(scheme, speaker, label, seed)
+        notes = notes + more
+    folds = Folds(speaker, recording, original, fold, validation, independent, notes)
+    _check_sides(scheme, folds)
+    return folds
+
+
+def _name_speakers(utterances: list[emotions.Utterance], recording: np.ndarray) -> tuple[np.ndarray, bool, list[str]]:
+    """The speaker of each utterance, whether all are known, and notes.
+
+    Where the names identify fewer than two speakers, every recording counts as its own.
+    """
+    names = [utterance.speaker or f"{utterance.corpus}:unknown" for utterance in utterances]
+    known = {utterance.speaker for utterance in utterances} - {None}
+    unknown = sum(utterance.speaker is None for utterance in utterances)
+    if len(known) >= 2:
+        note = f"{unknown} files have no known speaker and may be of a known one: NOT speaker-independent for them"
+        return np.array(names), not unknown, [note] if unknown else []
+    found = f"only one speaker ({min(known)})" if known else "no speaker"
+    note = f"the file names identify {found}: files are split at random"
+    if (count := len(set(recording))) < len(recording):
+        note += f", those of one recording together ({len(recording)} files of {count} recordings)"
+    note += "; the scores are NOT speaker-independent and are optimistic"
+    return recording, False, [note]
+
+
+def _scheme_folds(
+    scheme: str, speaker: np.ndarray, label: np.ndarray, seed: int
+) -> tuple[np.ndarray, list[np.ndarray], list[str]]:
+    """The fold that tests each utterance, shape (N,), prescribed validation masks, and notes."""
+    if scheme in emotions.SCHEMES:
+        return _official_folds(scheme, speaker)
+    if scheme == "leave-one-speaker-out":
+        return stats.numbered(speaker), [], []
+    group = stats.numbered(speaker)
+    present = int(group.max()) + 1
+    folds = min(int(scheme), present)
+    notes = [f"{present} speakers allow only {folds} folds, not {scheme}"] if folds < int(scheme) else []
+    return stats.balanced_blocks(group, label, folds, seed), [], notes
+
+
+def _official_folds(scheme: str, speaker: np.ndarray) -> tuple[np.ndarray, list[np.ndarray], list[str]]:
+    """As `_scheme_folds`, from the test speakers that a publication has listed."""
+    official = emotions.SCHEMES[scheme]
+    fold_of = {name: fold for fold, block in enumerate(official.test_speakers) for name in block}
+    present = set(speaker)
+    strangers = sorted(present - fold_of.keys())
+    if strangers:
+        names = printable(", ".join(strangers[:5]))
+        advice = "use --folds 5, or remove those files"
+        raise UsageError(f"--folds {scheme} does not cover speaker {names}; {advice}")
+    fold = stats.numbered([fold_of[name] for name in speaker])
+    if fold.max() == 0:
+        raise UsageError(f"--folds {scheme} gives one fold; at least two are needed")
+    missing = len(fold_of) - len(present)
+    note = f"{missing} speakers of {scheme} are missing: the scores are not comparable with published ones"
+    folds = int(fold.max()) + 1
+    validation = [fold == (current + 1) % folds for current in range(folds)] if official.next_fold_validates else []
+    return fold, validation, [note] if missing else []
+
+
+# The sides of a split in tables, by the beginning of the word.
+_SIDES = {"tr": "train", "dev": "validation", "val": "validation", "te": "test", "ev": "test"}
+
+
+def _table_folds(utterances: list[emotions.Utterance]) -> tuple[np.ndarray, list[np.ndarray]]:
+    """The fold that tests each utterance, and the validation masks, from the split in the user's table."""
+    # Versions go with their original, whatever the table has for them.
+    split_of = {utterance.recording: utterance.split for utterance in utterances if not utterance.version}
+    splits = [split_of[utterance.recording] if utterance.version else utterance.split for utterance in utterances]
+    given = [(split or "").casefold() for split in splits]
+    if all(re.fullmatch(r"[0-9]+(\.0)?", value) for value in given):
+        fold = stats.numbered([int(float(value)) for value in given])
+        if fold.max() == 0:
+            raise UsageError("--folds table: the table gives one fold; at least two are needed")
+        return fold, []
+    sides = [next((side for start, side in _SIDES.items() if value.startswith(start)), "") for value in given]
+    unknown = sorted({value for value, side in zip(given, sides) if not side})
+    if unknown:
+        found = ", ".join(repr(value) if value else "no entry" for value in unknown[:3])
+        raise UsageError(f"--folds table needs train, validation and test, or numbers, for every file; found: {found}")
+    if missing := {"train", "test"} - set(sides):
+        raise UsageError(f"--folds table: no file is for {' or '.join(sorted(missing))}")
+    side = np.array(sides)
+    validation = side == "validation"
+    return np.where(side == "test", 0, -1), [validation] if validation.any() else []
+
+
+def _straddles(speaker: np.ndarray, fold: np.ndarray, validation: list[np.ndarray]) -> bool:
+    """Whether a speaker is on several sides of the user's split."""
+    side = fold if not validation else np.where(validation[0], -2, fold)
+    group = stats.numbered(speaker)
+    return len(set(zip(group.tolist(), side.tolist()))) > int(group.max()) + 1
+
+
+def _check_sides(scheme: str, folds: Folds) -> None:
+    """Raise a UsageError if a fold, or the final model, would have nothing to train on, to validate on or to test."""
+    for current in range(folds.number + 1):  # the last one is the final model
+        remaining = folds.fold != current
+        if current < len(folds.validation):
+            validation = folds.validation[current] & folds.original
+            enough = validation.any() and (remaining & ~folds.validation[current]).any()
+        else:  # one speaker is divided by its recordings
+            enough = len(set(folds.recording[remaining])) > 1
+        if not enough:
+            name = "final" if current == folds.number else current + 1
+            found = f"leaves no speaker for training or for validation (fold {name}); add speakers"
+            raise UsageError(f"--folds {scheme} {found}")
 
 
 # --- reporting ----------------------------------------------------------------------------------------------------
@@ -1681,6 +2034,7 @@ def summary(result: Scan) -> Iterator[str]:
     """Yield the lines of the summary of a folder."""
     used, unused = len(result.records), len(result.findings)
     excluded = f", {result.n_excluded} excluded by --classes" if result.n_excluded else ""
+    excluded += f", {result.n_versions} by --no-versions" if result.n_versions else ""
     counts = f"{result.n_files} {_kinds(result)} files, {used} usable, {unused} left out{excluded}"
     yield f"{printable(str(result.directory))}: {counts}"
     if result.n_ignored:
@@ -1710,7 +2064,7 @@ def report(result: Scan) -> dict:
         "directory": str(result.directory),
         "files": result.n_files,
         "usable": len(result.records),
-        "excluded": result.n_excluded,
+        "excluded": result.n_excluded + result.n_versions,
         "ignored": result.n_ignored,
         "left_out": result.left_out(),
         "findings": [finding._asdict() | {"remedy": REMEDIES[finding.code]} for finding in result.findings],
@@ -1736,7 +2090,9 @@ def _verdict(result: Scan) -> Iterator[str]:
     for reason in reasons:
         yield f"  NOT READY    {reason}"
     if not reasons:
-        yield f"  ready        python train.py {printable(str(result.directory))}"
+        for note in result.folds.notes:
+            yield f"  split        {note}"
+        yield f"  ready        {printable(command_line(result.options))}"
 
 
 def exit_status(result: Scan) -> int:

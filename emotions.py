@@ -4,11 +4,12 @@ Standard library only. A corpus is one entry of `CORPORA`: a pattern with named 
 to words. To add a corpus, add an entry; no other module refers to a corpus by name.
 """
 
+import collections
 import dataclasses
 import functools
 import re
 from collections.abc import Callable, Iterable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 #: The common vocabulary. Classes are listed in this order everywhere.
 EMOTIONS = ("neutral", "calm", "happy", "sad", "angry", "fear", "disgust", "surprise")
@@ -34,23 +35,49 @@ _SYNONYMS = {
     "pleasure": "",
     "pain": "",
     "disappointed": "",
+    "frustrated": "frustration",
 }
-_VOCABULARY = {word: word for word in (*EMOTIONS, *_SYNONYMS)} | {
+#: Every emotion word that is understood, with its word in the common vocabulary.
+VOCABULARY = {word: word for word in (*EMOTIONS, *_SYNONYMS)} | {
     synonym: word for word, synonyms in _SYNONYMS.items() for synonym in synonyms.split()
 }
+
+# The codes of IEMOCAP's and other tables, for labels only: `neu` in the name of a folder may be German for new.
+_ABBREVIATIONS = {"exc": "excited", "fru": "frustrated", "oth": "other"} | {word[:3]: word for word in EMOTIONS}
+# What tables contain where emotion or speaker is unknown; xxx is IEMOCAP's code for no agreement.
+_UNKNOWN = {"", "unknown", "nan", "na", "n/a", "none", "null", "xxx"}
 
 _IGNORECASE = int(re.IGNORECASE)  # `&` on the enum itself is slow
 _FOLDERS = re.compile(r"[/\\]")
 # Extensions and suffixes that feature extractors append; they carry no information about the utterance.
 _EXTENSIONS = re.compile(r"(\.(npz|npy|wav|flac|mp3|m4a|ogg|opus|mp4|avi|flv|pt))+$", re.IGNORECASE)
 _SUFFIXES = re.compile(r"([_-](wav2vec2?|embeddings?|emb|features?|feats?))+$", re.IGNORECASE)
+# Where a tail may begin: `NAME_noise`, `NAME - Copy`, `NAME (1)`, `NAME(1)`.
+_BOUNDARY = re.compile(r"[ _.-]+|(?<![ _.-])(?=\()")
+# Words for a version of a recording: those in front of names and in folders, and those in tails.
+_AUGMENTED = (
+    r"(?<![^\W_])(?:aug(?:mented|mentation)?|nois[ey]|pitch(?:ed)?|speed|tempo|stretch(?:ed)?|shift(?:ed)?|reverb|echo|gain"
+    r"|volume|mask(?:ed)?|mixup)(?![^\W\d_])[0-9]*(?:\.[0-9]+)?[a-z]*"
+)
+_ORIGINAL = r"(?<![^\W_])(?:orig(?:inals?)?|clean|raw)(?![^\W\d_])"
+_AUGMENTED_FOLDER = re.compile(rf"{_AUGMENTED}(?:[ _-]+[0-9.]+)?", re.IGNORECASE)
+_ORIGINAL_WORD = re.compile(_ORIGINAL, re.IGNORECASE)
+_LEADING_WORDS = re.compile(rf"(?:(?:{_AUGMENTED}|{_ORIGINAL})[ _.-]+)+(?=.)", re.IGNORECASE)
+_LAST_WORD = re.compile(rf"(?<=.)[ _.-]+{_ORIGINAL}$", re.IGNORECASE)
+_VERSION_TAIL = re.compile(
+    rf"{_AUGMENTED}|(?:seg(?:ment)?|chunk|part|copy|kopie)(?![^\W\d_])|\([0-9]+\)", re.IGNORECASE
+)
+_CERTAIN_LENGTH = 7  # characters of a corpus name in front of a tail; shorter ones fit by chance, as in `a01_take3`
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Utterance:
-    """Label and metadata of one recording; a field that is not in the file name is None.
+    """Label and metadata of one file; a field that is not in the file name is None.
 
-    `speaker` is prefixed with the corpus (`ravdess:12`), because the same numbers occur in several corpora.
+    `speaker` is prefixed with the corpus (`ravdess:12`), because the same numbers occur in several corpora. `split` is
+    the side or the fold given by the user: train, validation, test or a number. `tail` is what follows the name of the
+    corpus in the file name. `recording` is the same for all versions of one recording: copies, segments, modalities.
+    `version` is what distinguishes such a file from the original, if that is there too; see `find_versions`.
     """
 
     file: str
@@ -63,10 +90,21 @@ class Utterance:
     repetition: str | None = None
     modality: str | None = None
     channel: str | None = None
+    split: str | None = None
+    tail: str = ""
+    recording: str = ""
+    version: str = ""
 
 
 class AmbiguousName(ValueError):
     """The name fits several corpora."""
+
+
+class UnknownName(ValueError):
+    """The name fits no corpus; the arguments are those of `explain_unknown`, which is slow, and not always needed."""
+
+    def __str__(self) -> str:
+        return explain_unknown(*self.args)
 
 
 def odd_is_male(speaker: str) -> str:
@@ -299,7 +337,8 @@ _DAMAGED = {
     "1006_TIE_NEU_XX": "same audio as 1006_TIE_HAP_XX",
 }
 
-_FIELDS = tuple(field.name for field in dataclasses.fields(Utterance) if field.name not in ("file", "corpus"))
+# The fields for groups of patterns and columns of tables.
+_FIELDS = tuple(field.name for field in dataclasses.fields(Utterance) if field.default is None) + ("emotion", "speaker")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -343,13 +382,18 @@ SCHEMES: dict[str, Scheme] = {
 
 def emotion_word(word: str) -> str | None:
     """Map an emotion word to the common vocabulary: `Happiness` gives `happy`; None if it is unknown."""
-    return _VOCABULARY.get(word.casefold())
+    return VOCABULARY.get(word.casefold())
 
 
 def normalise_emotion(word: str) -> str:
-    """Map an emotion to the common vocabulary; unknown words are kept in lower case."""
+    """Map an emotion or its three-letter code to the common vocabulary; unknown words are kept in lower case."""
     word = word.strip()
-    return emotion_word(word) or word.lower()
+    return emotion_word(word) or _ABBREVIATIONS.get(word.lower(), word.lower())
+
+
+def is_unknown(label: str | None) -> bool:
+    """Whether an emotion or a speaker in a table is a word for none, such as `nan` or `Unknown`."""
+    return (label or "").strip().casefold() in _UNKNOWN
 
 
 def folder_emotion(folder: str) -> str | None:
@@ -373,7 +417,7 @@ def custom_utterance(
     file: str, emotion: str, speaker: str | None = None, fields: Mapping[str, str | None] | None = None
 ) -> Utterance:
     """Build an utterance from user-supplied labels; `fields` are further fields of `Utterance`."""
-    speaker = (speaker or "").strip()
+    speaker = None if is_unknown(speaker) else speaker.strip()
     known = {name: value for name, value in (fields or {}).items() if name in _FIELDS}
     return Utterance(file, "own", normalise_emotion(emotion), f"own:{speaker}" if speaker else None, **known)
 
@@ -451,7 +495,7 @@ def explain_near_miss(stem: str, corpus_id: str) -> str | None:
     return None
 
 
-def explain_unknown(stem: str, candidates: list[str]) -> str:
+def explain_unknown(stem: str, candidates: tuple[str, ...]) -> str:
     """Explain why a stem is not a name of any of the candidate corpora."""
     misses = [miss for key in candidates if (miss := explain_near_miss(stem, key))]
     if misses:
@@ -464,22 +508,64 @@ def explain_unknown(stem: str, candidates: list[str]) -> str:
 # --- parsing ---
 
 
+@functools.cache
+def _matchers(corpora: tuple[str, ...], flags: int) -> list[tuple[str, Callable[[str], re.Match[str] | None]]]:
+    return [(key, re.compile(CORPORA[key].pattern, flags).fullmatch) for key in corpora]
+
+
+@functools.cache
+def _any_of(corpora: tuple[str, ...]) -> re.Pattern[str]:
+    """One pattern for the names of all these corpora, which rejects a name faster than one after the other."""
+    bodies = [re.sub(r"\(\?P<\w+>", "(?:", CORPORA[key].pattern) for key in corpora]
+    return re.compile("|".join(f"(?:{body})" for body in bodies), re.IGNORECASE)
+
+
 def _match_stem(stem: str, candidates: Iterable[str]) -> dict[str, re.Match[str]]:
     """Match a stem against the candidate corpora: as written, or else ignoring case."""
-    for flags in (0, re.IGNORECASE):
-        found = {key: match for key in candidates if (match := _compiled(CORPORA[key].pattern, flags).fullmatch(stem))}
-        if found:
-            return found
+    candidates = tuple(candidates)
+    if _any_of(candidates).fullmatch(stem):
+        for flags in (0, _IGNORECASE):
+            found = {key: match for key, fullmatch in _matchers(candidates, flags) if (match := fullmatch(stem))}
+            if found:
+                return found
     return {}
 
 
 class NameMatch(NamedTuple):
-    """The corpora that a file name fits; `prefix` is the corpus given by its prefix or by the caller."""
+    """The corpora that a file name fits; `prefix` is the corpus given by its prefix or by the caller.
+
+    `tail` is what follows the name of the corpus, as `noise` in `1025_TSI_HAP_XX_noise`.
+    """
 
     name: str
     stem: str
     prefix: str | None
     matches: dict[str, re.Match[str]]
+    tail: str = ""
+
+
+def _divisions(stem: str) -> list[tuple[str, str, str]]:
+    """All ways to divide a stem into a name, a separator and a tail, the shortest name first."""
+    found = ((stem[: gap.start()], gap[0], stem[gap.end() :]) for gap in _BOUNDARY.finditer(stem))
+    return [division for division in found if division[0] and division[2]]
+
+
+@functools.cache
+def _contains_name(tail: str) -> bool:
+    """Whether a tail contains the name of another recording, as in a mixture of two; it may be of another speaker."""
+    parts = [tail, *(part for name, _, rest in _divisions(tail) for part in (name, rest))]
+    return any(len(part) >= _CERTAIN_LENGTH and _match_stem(part, CORPORA) for part in parts)
+
+
+def _match_with_tail(name: str, stem: str, prefix: str | None) -> NameMatch:
+    """Match a stem that fits no corpus as a whole, but may be a corpus name with a tail."""
+    for head, gap, tail in reversed(_divisions(stem)):
+        # Further numbers after `-` are fields of another scheme: ASVP-ESD's names begin like those of RAVDESS.
+        if (gap == "-" and head[-1].isdigit() and tail[0].isdigit()) or _contains_name(tail):
+            continue
+        if matches := _match_stem(head, [prefix] if prefix else CORPORA):
+            return NameMatch(name, head, prefix, matches, tail)
+    return NameMatch(name, stem, prefix, {})
 
 
 def matching_corpora(name: str, corpus: str | None = None) -> NameMatch:
@@ -491,7 +577,7 @@ def matching_corpora(name: str, corpus: str | None = None) -> NameMatch:
         matches = _match_stem(stem, [prefix] if prefix else CORPORA)
         if matches:
             return NameMatch(name, stem, prefix, matches)
-    return NameMatch(name, _strip(name)[0], prefix, {})
+    return _match_with_tail(name, _strip(name)[0], prefix)
 
 
 def resolve_corpus(match: NameMatch, corpus: str | None, evident: set[str]) -> Utterance | ValueError:
@@ -504,9 +590,9 @@ def resolve_corpus(match: NameMatch, corpus: str | None, evident: set[str]) -> U
     evident
         Corpora that are known to be in the folder, because some names fit no other.
     """
-    name, stem, prefix, matches = match
+    name, stem, prefix, matches, tail = match
     if not matches:
-        return ValueError(explain_unknown(stem, [prefix] if prefix else list(CORPORA)))
+        return UnknownName(stem, (prefix,) if prefix else tuple(CORPORA))
     # A prefix is explicit and overrides the selection.
     if corpus and not prefix and corpus not in matches and any({corpus, *matches} <= group for group in _LOOKALIKES):
         return ValueError(f"{stem!r} fits {next(iter(matches))}, but not {corpus}")
@@ -520,7 +606,23 @@ def resolve_corpus(match: NameMatch, corpus: str | None, evident: set[str]) -> U
     if len(likely) != 1:
         return AmbiguousName(f"{stem!r} fits {' and '.join(matches)}, which differ in codes and speakers")
     (key,) = likely
-    return _build_utterance(name, key, matches[key])
+    utterance = _build_utterance(name, key, matches[key])
+    if tail:
+        if folder_emotion(tail) not in (None, utterance.emotion):
+            return ValueError(f"{stem!r} is {utterance.emotion} in {key}, but {tail!r} follows")
+        utterance = dataclasses.replace(utterance, tail=tail)
+    return utterance
+
+
+def _doubt(match: NameMatch, corpus: str | None, complete: set[str]) -> ValueError | None:
+    """An error for a short name with a tail, unless prefix, user or the name without a tail identify its corpus."""
+    certain = not match.tail or len(match.stem) >= _CERTAIN_LENGTH or match.prefix or match.stem in complete
+    if certain or corpus in match.matches:
+        return None
+    key = next(iter(match.matches))
+    return ValueError(
+        f"{match.stem!r} in front of {match.tail!r} may be from {key}: if so, confirm with --corpus {key}"
+    )
 
 
 def _check_corpus(corpus: str | None) -> None:
@@ -551,8 +653,11 @@ def parse_names(names: Iterable[str], corpus: str | None = None) -> list[Utteran
     """
     _check_corpus(corpus)
     found = [matching_corpora(name) for name in names]
-    evident = {key for match in found if len(match.matches) == 1 for key in match.matches}
-    return [resolve_corpus(match, corpus, evident) for match in found]
+    complete = {match.stem for match in found if match.matches and not match.tail}
+    doubts = [_doubt(match, corpus, complete) for match in found]
+    certain = [match.matches for match, doubt in zip(found, doubts) if not doubt]
+    evident = {key for matches in certain if len(matches) == 1 for key in matches}
+    return [doubt or resolve_corpus(match, corpus, evident) for match, doubt in zip(found, doubts)]
 
 
 def parse_name(name: str, corpus: str | None = None) -> Utterance:
@@ -577,7 +682,8 @@ def parse_name(name: str, corpus: str | None = None) -> Utterance:
     'angry'
     """
     _check_corpus(corpus)
-    result = resolve_corpus(matching_corpora(name, corpus), None, set())
+    found = matching_corpora(name, corpus)
+    result = _doubt(found, corpus, set()) or resolve_corpus(found, None, set())
     if isinstance(result, ValueError):
         raise result
     return result
@@ -594,13 +700,23 @@ def _build_utterance(name: str, corpus_id: str, match: re.Match[str]) -> Utteran
     speaker = fields.pop("speaker", None) or _folder_speaker(name, corpus)
     if speaker and corpus.gender:
         fields["gender"] = corpus.gender(speaker)
+    # The same name is another recording in the folder of another speaker.
+    owner = speaker or (_folder_of(name) if corpus.speaker_folder else "")
+    stem = match.string
+    if "modality" in fields:
+        stem = stem[: match.start("modality")] + stem[match.end("modality") :]
     return Utterance(
         file=name,
         corpus=corpus_id,
         emotion=normalise_emotion(fields.pop("emotion")),
         speaker=f"{corpus_id}:{speaker}" if speaker else None,
+        recording=f"{corpus_id}:{owner}:{stem}".lower(),
         **fields,
     )
+
+
+def _folder_of(name: str) -> str:
+    return name[: max(name.rfind("/"), name.rfind("\\")) + 1]
 
 
 def _canonical_case(corpus_id: str, group: str, code: str) -> str:
@@ -618,3 +734,145 @@ def _folder_speaker(name: str, corpus: Corpus) -> str | None:
     found = (pattern.match(folder) for folder in reversed(_FOLDERS.split(name)[:-1]))
     # SAVEE's speakers are initials in upper case, EmoV-DB's are names in lower case.
     return next((match[1].upper() if len(match[1]) == 2 else match[1].lower() for match in found if match), None)
+
+
+# --- versions of one recording ---
+
+
+class _Name(NamedTuple):
+    """A file name for the search for versions: in another folder or with another label, it is another recording's."""
+
+    folder: str  # without the words for versions
+    emotion: str | None
+    stem: str
+
+
+def _join_words(*words: str) -> str:
+    return "_".join(filter(None, words))
+
+
+@functools.cache
+def _plain_folder(folder: str) -> tuple[str, str]:
+    """A folder without the words for versions and originals, and those for versions: `aug/happy` is `happy`, `aug`."""
+    words = _AUGMENTED_FOLDER.findall(folder)
+    plain = _ORIGINAL_WORD.sub("", _AUGMENTED_FOLDER.sub("", folder))
+    parts = ("_".join(filter(None, re.split("[ _.-]+", part))) for part in _FOLDERS.split(plain))
+    return "/".join(filter(None, parts)), _join_words(*words)
+
+
+def _version_name(utterance: Utterance) -> tuple[_Name, str]:
+    """The name of a file without the words for versions and originals around it, and those in front."""
+    folder, _ = _plain_folder(_folder_of(utterance.file))
+    stem = _LAST_WORD.sub("", _strip(utterance.file)[0].casefold())
+    leading = _LEADING_WORDS.match(stem)
+    if not leading:
+        return _Name(folder, utterance.emotion, stem), ""
+    return _Name(folder, utterance.emotion, stem[leading.end() :]), _join_words(*_BOUNDARY.split(leading[0]))
+
+
+def _heads(name: _Name) -> list[tuple[_Name, str]]:
+    """All ways to divide a name into that of a recording and a tail, the shortest first."""
+    return [(_Name(name.folder, name.emotion, head), tail) for head, _, tail in _divisions(name.stem)]
+
+
+def _recurring_tails(divided: Iterable[list[tuple[_Name, str]]], known: Mapping[_Name, int]) -> set[tuple[_Name, str]]:
+    """The divisions in which the tail makes a version: three or more names have it, each with several tails.
+
+    Numbers count recordings (`rec_1`, `rec_2`) more often than versions: at least as many names as numbers are needed.
+    """
+    tails = collections.defaultdict(set)
+    for heads in divided:
+        for head, tail in heads:
+            tails[head].add(tail)
+    shared = [(head, tail) for head, found in tails.items() if len(found) + (head in known) > 1 for tail in found]
+    counts = collections.Counter((head[:2], tail) for head, tail in shared)
+    numbers = collections.Counter(place for (place, tail), count in counts.items() if count > 2 and tail[0].isdigit())
+    least = {place: max(3, count) for place, count in numbers.items()}
+    return {
+        (head, tail)
+        for head, tail in shared
+        if counts[head[:2], tail] >= (least.get(head[:2], 3) if tail[0].isdigit() else 3)
+    }
+
+
+def _compare_names(utterances: list[Utterance]) -> None:
+    """Find the versions among names without a known form, or whose form includes any tail; sets the fields in place.
+
+    A name is that of a version if it consists of another one and a tail, or a word for versions in front. Names with
+    the same beginning and recurring tails are of one recording even if no file has the name without a tail.
+    """
+    closed = {key for key, corpus in CORPORA.items() if not corpus.pattern.endswith(r"\w+)")}
+    free = [number for number, utterance in enumerate(utterances) if utterance.corpus not in closed]
+    if not free:
+        return
+    names = [_version_name(utterance) for utterance in utterances]
+    # What all of these names end with is from the feature extractor, as in `rec_1_hubert` and `rec_1_noise_hubert`.
+    ending = _common_start([names[number][0].stem[::-1] for number in free])[::-1]
+    if gap := _BOUNDARY.search(ending):
+        ending = ending[gap.start() :]
+        names = [(name._replace(stem=name.stem.removesuffix(ending)), words) for name, words in names]
+    # Originals come before their versions: a version has a longer stem or more words.
+    order = sorted(range(len(names)), key=lambda number: (len(names[number][0].stem), len(names[number][1])))
+    known = {names[number][0]: number for number in reversed(order)}
+    divided = {number: _heads(names[number][0]) for number in free}
+    recurring = _recurring_tails(divided.values(), known)
+    for number in order:
+        (name, words), utterance = names[number], utterances[number]
+        if number not in divided:
+            continue
+        heads = [(head, tail) for head, tail in divided[number] if (head, tail) in recurring]
+        likely = [(head, tail) for head, tail in divided[number] if (head, tail) in heads or _VERSION_TAIL.match(tail)]
+        original, tail = next(((known[head], tail) for head, tail in likely if head in known), (known.get(name), ""))
+        source = utterance if original is None else utterances[original]
+        if source is utterance or utterance.speaker not in (None, source.speaker):
+            tail = _join_words(words, utterance.tail)
+            recording = utterance.recording or "/".join(map(str, heads[0][0] if heads else name))
+            utterances[number] = dataclasses.replace(utterance, tail=tail, recording=recording)
+        else:
+            tail = _join_words(words, tail, "" if original in divided else source.tail)
+            utterances[number] = dataclasses.replace(source, file=utterance.file, tail=tail)
+
+
+def _common_start(sequences: Iterable) -> Any:
+    """The longest common beginning of strings or lists; what the first and the last in order share, all of them do."""
+    first, last = min(sequences), max(sequences)
+    length = next((place for place, (a, b) in enumerate(zip(first, last)) if a != b), min(len(first), len(last)))
+    return first[:length]
+
+
+def _without_common_tokens(tails: set[str]) -> dict[str, str]:
+    """Map each tail to what distinguishes it from the others; what all files have is not of a version."""
+    tokens = {}
+    for tail in tails:
+        tokens[tail] = [token for token in _BOUNDARY.split(tail) if token and not _ORIGINAL_WORD.match(token)]
+    first = len(_common_start(list(tokens.values())))
+    rest = {tail: found[first:] for tail, found in tokens.items()}
+    last = len(_common_start([found[::-1] for found in rest.values()]))
+    return {tail: _join_words(*found[: len(found) - last]) for tail, found in rest.items()}
+
+
+def find_versions(utterances: Iterable[Utterance]) -> list[Utterance]:
+    """Find the files that are versions of one recording, such as augmented copies and segments, by their names.
+
+    Returns
+    -------
+    list
+        The utterances in the same order, with `recording` set. `version` is set only where the original is among them:
+        the file without a tail, or the one whose tail all files of its corpus have. Versions have its speaker.
+    """
+    found = list(utterances)
+    _compare_names(found)
+    words, by_corpus = [], collections.defaultdict(set)
+    for utterance in found:
+        folder = _folder_of(utterance.file)
+        words.append(_join_words(utterance.tail, _plain_folder(folder)[1]) if folder else utterance.tail)
+        by_corpus[utterance.corpus].add(words[-1])
+    if not any(words):
+        return found
+    differing = {corpus: _without_common_tokens(tails) for corpus, tails in by_corpus.items()}
+    versions = [differing[utterance.corpus][tail] for utterance, tail in zip(found, words)]
+    originals = {utterance.recording for utterance, version in zip(found, versions) if not version}
+    for number, (utterance, version) in enumerate(zip(found, versions)):
+        if version and utterance.recording in originals:
+            found[number] = dataclasses.replace(utterance, version=version)
+    return found

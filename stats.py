@@ -888,6 +888,35 @@ def evaluate(
     }
 
 
+# --- folds --------------------------------------------------------------------------------------------------------
+
+
+def numbered(names: np.ndarray) -> np.ndarray:
+    """The place of each name among the sorted distinct ones, shape (N,)."""
+    return np.unique(names, return_inverse=True)[1].reshape(-1)  # some versions of numpy keep an axis
+
+
+def balanced_blocks(group: np.ndarray, label: np.ndarray, blocks: int, seed: int) -> np.ndarray:
+    """Distribute groups over blocks so that every block gets its share of every class: the block of each utterance.
+
+    `group` and `label`, (N,), count from 0. A group stays together, and no block is empty if there are enough groups.
+    """
+    share = np.zeros((group.max() + 1, label.max() + 1))  # of each class in each group
+    np.add.at(share, (group, label), 1)
+    share /= np.maximum(share.sum(0), 1)  # rare classes count as much as common ones
+    order = np.random.default_rng(seed).permutation(len(share))
+    size = share.sum(1)
+    order = order[np.argsort(-size[order], kind="stable")]  # large groups first, while there is room
+    load = np.zeros((blocks, share.shape[1]))
+    block_of = np.zeros(len(share), int)
+    for member in order:
+        crowding = load @ share[member]  # growth of the summed squared load, up to a constant
+        block = np.lexsort((load.sum(1), crowding))[0]
+        block_of[member] = block
+        load[block] += share[member]
+    return block_of[group]
+
+
 # --- calibration --------------------------------------------------------------------------------------------------
 
 

@@ -41,7 +41,6 @@ import math
 import os
 import platform
 import re
-import shlex
 import shutil
 import stat
 import string
@@ -123,7 +122,6 @@ class Config(check_data.ScanOptions):
 
     out: str | None = option(None, "results folder (runs/<name of DIR>)")
     predict: str | None = option(None, "label DIR, or a single file, with the model in this results folder")
-    folds: str = option("5", f"number of folds, or {', '.join(emotions.SCHEMES)} or leave-one-speaker-out")
     seeds: int = option(5, "models per fold, each with different validation speakers; their logits are averaged")
     seed: int = option(0, "random seed")
     epochs: int = option(40, "maximum epochs")
@@ -145,7 +143,7 @@ class Config(check_data.ScanOptions):
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("out", "predict", "folds"):
+        for name in ("out", "predict"):
             require(getattr(self, name) != "", name, "non-empty")
         for name in ("seeds", "epochs", "patience", "batch", "width", "sweep"):
             require(1 <= getattr(self, name) <= MAX_NUMBER, name, f"from 1 to {MAX_NUMBER}")
@@ -154,8 +152,8 @@ class Config(check_data.ScanOptions):
             require(0 < getattr(self, name) < math.inf, name, "above 0")
         for name in ("dropout", "label_smoothing", "mixup"):
             require(0 <= getattr(self, name) < 1, name, "at least 0 and below 1")
-        require(self.pooling in ("attentive", "mean"), "pooling", "attentive or mean")
-        require(self.precision in ("float32", "bfloat16"), "precision", "float32 or bfloat16")
+        check_data.require_choice(self.pooling, "pooling", ("attentive", "mean"))
+        check_data.require_choice(self.precision, "precision", ("float32", "bfloat16"))
         require(0 <= self.weight_decay < math.inf, "weight_decay", "at least 0")
         require(0 <= self.seed < 2**32, "seed", "from 0 to 4294967295")
 
@@ -172,20 +170,6 @@ def set_options(config: Config) -> dict:
     """The options that are set."""
     options = dataclasses.asdict(config).items()
     return {name: value for name, value in options if value is not None and value is not False and value != ()}
-
-
-def command_line(config: Config) -> str:
-    """The shell command for these options."""
-    words = ["python", "train.py"]
-    for field in dataclasses.fields(config)[1:]:
-        value, flag = getattr(config, field.name), f"--{field.name.replace('_', '-')}"
-        if value is True:
-            words.append(flag)
-        elif value != field.default:
-            words += [f"{flag}={one}" for one in (value if isinstance(value, tuple) else (value,))]
-    if config.directory.startswith("-"):
-        words.append("--")
-    return shlex.join([*words, config.directory])
 
 
 # --- a run, from the folder to the report ---------------------------------------------------------------------------
@@ -243,7 +227,7 @@ def train_and_score(config: Config, run: "RunFolder", run_log: logging.handlers.
     examples = {finding.code: {"file": finding.file, "reason": finding.reason} for finding in reversed(scan.findings)}
     metrics |= {"left_out": scan.left_out(), "left_out_first": examples, "arrays": scan.keys_used()}
     metrics |= {"device": device, "versions": package_versions(), "settings": set_options(config)}
-    metrics |= {"command": command_line(config), "seconds": round(time.perf_counter() - started, 1)}
+    metrics |= {"command": check_data.command_line(config), "seconds": round(time.perf_counter() - started, 1)}
     return scan, experiment, trained, metrics
 
 
@@ -456,6 +440,15 @@ class Dataset(NamedTuple):
                 start = self.frames.first[place]
                 yield self.frames.rows[start : start + self.length[place]] + self.x[place]
 
+    def select(self, mask) -> "Dataset":
+        """The utterances that a bool mask, shape (N,), selects."""
+        if mask.all():
+            return self
+        frames = self.frames and self.frames._replace(first=self.frames.first[mask])
+        utterances = [self.utterances[place] for place in np.flatnonzero(mask)]
+        moments = stats.Moments(*(values[mask] for values in self.moments))
+        return Dataset(self.x[mask], self.length[mask], self.label[mask], self.classes, utterances, moments, frames)
+
 
 def pack(scan: check_data.Scan, pooling: str = "attentive") -> Dataset:
     """Pack a scan with features into one block; the scan's own arrays are released on the way.
@@ -487,15 +480,17 @@ def pack(scan: check_data.Scan, pooling: str = "attentive") -> Dataset:
 class Split(NamedTuple):
     """Who trains, validates and tests, and how the population is laid out.
 
-    `fold` is the fold that tests each utterance, shape (N,). `train` and `validation` are bool masks with a row for
-    each model of one setting, shape ((K + 1) S, N): S rows per fold, then S rows of the final model, which tests
-    nobody. A sweep repeats these rows for every setting.
+    `fold` is the fold that tests the speaker of each utterance, shape (N,), or -1; `scored` are the utterances that are
+    tested, without the versions of another one. `train` and `validation` are bool masks with a row for each model of
+    one setting, shape ((K + 1) S, N): S rows per fold, then S rows of the final model, which tests nobody. A sweep
+    repeats these rows for every setting.
     """
 
     scheme: str
     settings: int
     seeds: int
     fold: np.ndarray
+    scored: np.ndarray
     train: np.ndarray
     validation: np.ndarray
     speaker: np.ndarray
@@ -528,119 +523,50 @@ def make_split(dataset: Dataset, config: Config) -> Split:
     Every seed of a fold holds out other speakers for validation, so that together the seeds train on all of them, and
     their mean validation loss covers all of them too. A UsageError is raised where the speakers do not suffice.
     """
-    speaker, independent, notes = name_speakers(dataset.utterances)
-    if not config.folds.isdecimal() and not independent and len(set(speaker)) == len(speaker):
-        raise UsageError(f"--folds {config.folds} needs file names that identify speakers; use --folds 5")
-    fold, fold_notes = assign_folds(config.folds, speaker, dataset.label, config.seed)
-    notes = notes + fold_notes
-    folds = int(fold.max()) + 1
-    models = (folds + 1) * config.seeds * config.sweep
+    folds = check_data.assign_folds(config, dataset.utterances, dataset.label)
+    notes = list(folds.notes)
+    models = (folds.number + 1) * config.seeds * config.sweep
     if models > MAX_MODELS:
-        raise UsageError(
-            f"{folds} folds make {models} models, more than {MAX_MODELS}; use fewer --folds, --seeds or --sweep"
-        )
-    scheme = emotions.SCHEMES.get(config.folds)
+        found = f"{folds.number} folds make {models} models, more than {MAX_MODELS}"
+        raise UsageError(f"{found}; use fewer --folds, --seeds or --sweep")
+    if n_versions := len(folds.original) - int(folds.original.sum()):
+        notes.append(f"{n_versions} files are versions of others: they are for training only, and not scored")
     train, validation = [], []
-    for current in range(folds + 1):  # the last one is the final model
-        rest = fold != current
-        if scheme and scheme.next_fold_validates and current < folds:
-            held_out = [rest & (fold == (current + 1) % folds)] * config.seeds
+    for current in range(folds.number + 1):  # the last one is the final model
+        rest = folds.fold != current
+        if current < len(folds.validation):
+            held_out = [folds.validation[current]] * config.seeds
         else:
-            held_out, more = rotate_validation(rest, speaker, dataset.label, config)
-            notes = notes + [note for note in more if note not in notes]
+            held_out, more = rotate_validation(rest, folds, dataset.label, config)
+            notes += [note for note in more if note not in notes]
         train += [rest & ~mask for mask in held_out]
-        validation += held_out
-    train, validation = np.array(train), np.array(validation)
-    split = Split(config.folds, config.sweep, config.seeds, fold, train, validation, speaker, independent, notes)
+        validation += [mask & folds.original for mask in held_out]
+    split = Split(
+        config.folds,
+        config.sweep,
+        config.seeds,
+        folds.fold,
+        folds.original & (folds.fold >= 0),
+        np.array(train),
+        np.array(validation),
+        folds.speaker,
+        folds.independent,
+        notes,
+    )
     check_disjoint(split)
     return split._replace(notes=notes + untrained_classes(dataset, split))
 
 
-def name_speakers(utterances):
-    """The speaker of each utterance, whether all are known, and notes.
-
-    Where the names identify fewer than two speakers, every file counts as its own.
-    """
-    names = [utterance.speaker or f"{utterance.corpus}:unknown" for utterance in utterances]
-    known = {utterance.speaker for utterance in utterances} - {None}
-    unknown = sum(utterance.speaker is None for utterance in utterances)
-    if len(known) >= 2:
-        note = f"{unknown} files have no known speaker and may be of a known one: NOT speaker-independent for them"
-        return np.array(names), not unknown, [note] if unknown else []
-    found = f"only one speaker ({min(known)})" if known else "no speaker"
-    note = f"the file names identify {found}: files are split at random"
-    note += "; the scores are NOT speaker-independent and are optimistic"
-    return np.array([utterance.file for utterance in utterances]), False, [note]
-
-
-def assign_folds(scheme: str, speaker, label, seed: int):
-    """The fold that tests each utterance, shape (N,), counted from 0, and notes."""
-    present = np.unique(speaker)
-    if scheme in emotions.SCHEMES:
-        return official_folds(scheme, speaker)
-    if scheme == "leave-one-speaker-out":
-        return numbered(speaker), []
-    if not scheme.isdecimal() or len(scheme) > 9 or int(scheme) < 2:
-        known = ", ".join([*emotions.SCHEMES, "leave-one-speaker-out"])
-        raise UsageError(f"--folds {scheme!r} is not a fold scheme; use a number >= 2 or one of {known}")
-    folds = min(int(scheme), len(present))
-    notes = [f"{len(present)} speakers allow only {folds} folds, not {scheme}"] if folds < int(scheme) else []
-    return balanced_blocks(numbered(speaker), label, folds, seed), notes
-
-
-def official_folds(scheme: str, speaker):
-    """As `assign_folds`, from the test speakers that a publication has listed."""
-    blocks = emotions.SCHEMES[scheme].test_speakers
-    fold_of = {name: fold for fold, block in enumerate(blocks) for name in block}
-    present = set(speaker)
-    strangers = sorted(present - fold_of.keys())
-    if strangers:
-        names = printable(", ".join(strangers[:5]))
-        advice = "use --folds 5, or remove those files"
-        raise UsageError(f"--folds {scheme} does not cover speaker {names}; {advice}")
-    fold = numbered([fold_of[name] for name in speaker])
-    if fold.max() == 0:
-        raise UsageError(f"--folds {scheme} gives one fold; at least two are needed")
-    missing = len(fold_of) - len(present)
-    note = f"{missing} speakers of {scheme} are missing: the scores are not comparable with published ones"
-    return fold, [note] if missing else []
-
-
-def balanced_blocks(group, label, blocks: int, seed: int):
-    """Distribute groups over blocks so that every block gets its share of every class: the block of each utterance.
-
-    `group` and `label`, (N,), count from 0. A group stays together, and no block is empty if there are enough groups.
-    """
-    share = np.zeros((group.max() + 1, label.max() + 1))  # of each class in each group
-    np.add.at(share, (group, label), 1)
-    share /= np.maximum(share.sum(0), 1)  # rare classes count as much as common ones
-    order = np.random.default_rng(seed).permutation(len(share))
-    size = share.sum(1)
-    order = order[np.argsort(-size[order], kind="stable")]  # large groups first, while there is room
-    load = np.zeros((blocks, share.shape[1]))
-    block_of = np.zeros(len(share), int)
-    for member in order:
-        crowding = load @ share[member]  # growth of the summed squared load, up to a constant
-        block = np.lexsort((load.sum(1), crowding))[0]
-        block_of[member] = block
-        load[block] += share[member]
-    return block_of[group]
-
-
-def rotate_validation(rest, speaker, label, config: Config):
+def rotate_validation(rest, folds: check_data.Folds, label, config: Config):
     """Validation masks for the seeds of one fold, whose training and validation utterances are `rest`; and notes."""
-    group, notes = numbered(speaker[rest]), []
-    if group.max() == 0:  # one speaker: its utterances are divided
-        group = np.arange(len(group))
+    group, notes = stats.numbered(folds.speaker[rest]), []
+    if group.max() == 0:  # one speaker: its recordings are divided
+        group = stats.numbered(folds.recording[rest])
         notes = ["only one training speaker remains: validation uses the same speaker"]
     blocks = min(max(config.seeds, 5), group.max() + 1)
     block = np.full(len(rest), -1)
-    block[rest] = balanced_blocks(group, label[rest], blocks, config.seed)
+    block[rest] = stats.balanced_blocks(group, label[rest], blocks, config.seed)
     return [block == seed % blocks for seed in range(config.seeds)], notes
-
-
-def numbered(names):
-    return np.unique(names, return_inverse=True)[1].reshape(-1)
 
 
 def untrained_classes(dataset: Dataset, split: Split):
@@ -655,30 +581,25 @@ def untrained_classes(dataset: Dataset, split: Split):
     return notes
 
 
-def check_disjoint(split: Split) -> bool:
-    """Assert that no utterance, and no speaker, is on two sides of any split; False if one had to share its utterances.
+def check_disjoint(split: Split) -> None:
+    """Assert that no model lacks a side of its split, and that no utterance and no speaker is on two sides.
 
-    With a single speaker left, training and validation share it. A UsageError is raised if a side is empty. Anything
-    else is a fault of this program: a RuntimeError, and no score may be reported.
+    With a single speaker left, training and validation share it. Anything else is a fault of this program: no score may
+    be reported.
     """
-    shared = False
-    speaker = numbered(split.speaker)
+    speaker = stats.numbered(split.speaker)
     for row, (train, validation) in enumerate(zip(split.train, split.validation)):
-        fold = split.fold_of(row)
+        test = split.fold == split.fold_of(row)
         if not (train.any() and validation.any()):
-            found = f"leaves no speaker for training or for validation (fold {split.fold_name(fold)}); add speakers"
-            raise UsageError(f"--folds {split.scheme} {found}")
-        test = split.fold == fold
+            raise RuntimeError(f"member {row}: a side of the split is empty")
         if (train & validation).any() or ((train | validation) & test).any():
             raise RuntimeError(f"member {row}: an utterance is on two sides of the split")
         trains, validates, tests = (
             np.bincount(speaker[side], minlength=speaker.max() + 1) > 0 for side in (train, validation, test)
         )
-        common = (trains & validates).any()
-        if (tests & (trains | validates)).any() or (common and (trains | validates).sum() > 1):
+        shared = (trains & validates).any() and (trains | validates).sum() > 1
+        if shared or (tests & (trains | validates)).any():
             raise RuntimeError(f"member {row}: a speaker is on two sides of the split")
-        shared = shared or bool(common)
-    return not shared
 
 
 def log_split(split: Split) -> None:
@@ -690,8 +611,6 @@ def log_split(split: Split) -> None:
             tested = split.speakers(split.fold == fold)
             more = f" ... ({len(tested)})" if len(tested) > 6 else ""
             log.info(f"  fold {fold + 1} tests {printable(' '.join(tested[:6]) + more)}")
-        if check_disjoint(split):
-            log.info("  checked: no speaker is in more than one of training, validation and test")
     for note in split.notes:
         log.info(f"note: {printable(note)}")
 
@@ -1554,9 +1473,9 @@ class Answers(NamedTuple):
 class Trained(NamedTuple):
     """The outcome of training.
 
-    `ensembles` are the finished models of each fold, then the final ones; `answers` has, for each utterance, the answer
-    of models that never saw its speaker. `best_epoch` and `skipped` have shape ((K + 1) S,). `choices` has what the
-    validation speakers of each fold chose, `sweep` the validation loss of each setting.
+    `ensembles` are the finished models of each fold, then the final ones; `answers` has, for each scored utterance, the
+    answer of models that never saw its speaker. `best_epoch` and `skipped` have shape ((K + 1) S,). `choices` has what
+    the validation speakers of each fold chose, `sweep` the validation loss of each setting.
     """
 
     ensembles: tuple[Ensemble, ...]
@@ -1605,11 +1524,11 @@ def train(experiment: Experiment, run: "RunFolder | None" = None) -> Trained:
 
 
 def answer_tests(dataset: Dataset, split: Split, ensembles, weights) -> Answers:
-    """The answers for each utterance of the models of the fold that tests it, which never saw its speaker."""
-    order = np.argsort(split.fold, kind="stable")  # fold by fold
+    """The answers for each scored utterance of the models of the fold that tests it, which never saw its speaker."""
+    order = np.argsort(split.fold[split.scored], kind="stable")  # fold by fold
     answers = []
     for fold in range(split.folds):
-        features = dataset.features(np.flatnonzero(split.fold == fold))
+        features = dataset.features(np.flatnonzero(split.scored & (split.fold == fold)))
         answers.append(Answers.of(ensembles[fold], weights[fold].temperature, features))
     return Answers(*(np.concatenate(parts)[np.argsort(order)] for parts in zip(*answers)))
 
@@ -1640,8 +1559,9 @@ def choose_settings(best_loss, split: Split, settings):
 def evaluate(experiment: Experiment, trained: Trained) -> dict:
     """All of metrics.json that follows from the out-of-fold predictions."""
     _, dataset, split, stored = experiment
+    scored, dataset = split.scored, dataset.select(split.scored)
     logits, temperature, _ = trained.answers
-    metrics = stats.evaluate(dataset.label, logits, split.speaker, split.fold, dataset.classes)
+    metrics = stats.evaluate(dataset.label, logits, split.speaker[scored], split.fold[scored], dataset.classes)
     metrics |= error_analysis(dataset, stats.probabilities(logits))
     uncalibrated = stats.probabilities(logits * temperature[:, None])
     folds = [fold_report(split, fold, trained) | scores for fold, scores in enumerate(metrics["folds"])]
@@ -1677,7 +1597,7 @@ def fold_report(split: Split, fold: int, trained: Trained):
         "test": split.speakers(split.fold == fold),
         **rotation[0],
         "rotation": rotation,
-        "n_test": int((split.fold == fold).sum()),
+        "n_test": int((split.scored & (split.fold == fold)).sum()),
         "epochs": int(trained.best_epoch[rows[0]]) + 1,
         "skipped_steps": int(trained.skipped[list(rows)].sum()),
         "chosen": trained.choices[fold],
@@ -1735,9 +1655,10 @@ def save_run(run: "RunFolder", scan: check_data.Scan, experiment: Experiment, tr
     model = model_bytes(trained.ensembles[-1])
     # After a kill between two renames, or if files of two runs are mixed, they do not belong together.
     config = describe_model(scan, experiment, trained) | {"model": hashlib.sha256(model).hexdigest()}
-    classes, utterances, final = dataset.classes, dataset.utterances, trained.ensembles[-1]
+    classes, final = dataset.classes, trained.ensembles[-1]
+    utterances, folds = dataset.select(split.scored).utterances, split.fold[split.scored]
     predictions = []
-    for utterance, fold, row in zip(utterances, split.fold, stats.probabilities(trained.answers.logits)):
+    for utterance, fold, row in zip(utterances, folds, stats.probabilities(trained.answers.logits)):
         names = {"file": utterance.file, "corpus": utterance.corpus, "speaker": utterance.speaker or ""}
         names |= {"label": utterance.emotion, "fold": int(fold) + 1}
         predictions.append(names | predicted_columns(classes, row))
@@ -1753,7 +1674,7 @@ def save_run(run: "RunFolder", scan: check_data.Scan, experiment: Experiment, tr
         "skipped.csv": skipped_bytes(scan),
         stats.MEAN_FILE: stats.npy_bytes(stored.statistics.mean),
         stats.STD_FILE: stats.npy_bytes(stored.statistics.std),
-        "fusion.npz": fusion_bytes(utterances, classes, trained.answers, final, split.fold + 1),
+        "fusion.npz": fusion_bytes(utterances, classes, trained.answers, final, folds + 1),
         "model.npz": model,
         "report.html": report_html(metrics),
         "metrics.json": stats.json_bytes(metrics),  # renamed last: it marks a complete run
@@ -1860,7 +1781,9 @@ def report_text(metrics, page: Path, file) -> str:
 
 def report_heading(metrics) -> str:
     folds, classes = len(metrics["folds"]), len(metrics["classes"])
-    if metrics["speaker_independent"]:
+    if folds == 1:  # the test set of the user's table
+        method = f"one test set, {'' if metrics['speaker_independent'] else 'NOT '}speaker-independent"
+    elif metrics["speaker_independent"]:
         method = f"{folds}-fold speaker-independent cross-validation"
     else:
         method = f"{folds}-fold cross-validation, NOT speaker-independent"
@@ -2428,7 +2351,7 @@ def run_identity(experiment: Experiment, fingerprint: str) -> dict:
     options = dataclasses.asdict(config)
     for name in ("directory", "out", "predict", "fresh", "no_compile_cache", "recompute_stats"):
         del options[name]  # the results do not depend on them
-    labels = [f"{utterance.file!r} {utterance.emotion!r} {utterance.speaker!r}" for utterance in dataset.utterances]
+    labels = [f"{u.file!r} {u.emotion!r} {u.speaker!r} {u.split or ''}".rstrip() for u in dataset.utterances]
     digests = {
         "files and their contents": fingerprint.encode(),
         "labels and speakers": "\n".join(labels).encode(),
@@ -2701,7 +2624,7 @@ def save_prediction(out: Path, model: Model, scan: check_data.Scan, utterances, 
 
 def print_scores(model: Model, utterances, logits) -> None:
     """Score the utterances with a known label and an unseen speaker."""
-    labelled = [utterance.emotion in model.classes for utterance in utterances]
+    labelled = [utterance.emotion in model.classes and not utterance.version for utterance in utterances]
     unseen = [model.is_unseen_speaker(utterance.speaker) for utterance in utterances]
     counted = np.flatnonzero(np.logical_and(labelled, unseen))
     if counted.size:
@@ -2715,6 +2638,8 @@ def print_scores(model: Model, utterances, logits) -> None:
         print(f"UA {metrics['ua']:.4f}{interval} on {files}")
     if any(labelled) and len(counted) < len(utterances):
         reason = "label or speaker unknown, or the speaker was in the training data"
+        if any(utterance.version for utterance in utterances):
+            reason += ", or a version of another file"
         print(f"{len(utterances) - len(counted)} not scored: {reason}")
 
 

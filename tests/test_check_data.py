@@ -3,6 +3,8 @@ import io
 import json
 import os
 import pickle
+import re
+import shlex
 import shutil
 import signal
 import socket
@@ -1053,7 +1055,9 @@ def test_table_labels_files(tmp_path):
     [
         (None, "cannot be read"),
         ("", "needs a header line"),
-        ("name,emotion\na,sad\n", "needs a header line"),
+        ("FileName,EmoClass\na,sad\n", "needs a header line with the columns .*; found: FileName, EmoClass"),
+        ("name,emotion\na,sad\n", "no line fits a file; compare 'a' in the table with 'cremad_1001"),
+        ("file,emotion\na,sad\n".encode("utf-16"), "cannot be read: it is UTF-16; save it as UTF-8"),
         ("file,emotion\na,sad\na.npz,happy\n", "two different lines for a"),
         (b"file,emotion\n\xff,sad\n", "cannot be read"),
     ],
@@ -1064,6 +1068,101 @@ def test_invalid_tables_are_rejected(sample, tmp_path, text, message):
         table.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(check_data.UsageError, match=message):
         scan(sample, labels=str(table))
+
+
+def tabled(folder, files, text, **options):
+    """A scan of these files with this table."""
+    for number, file in enumerate(files):
+        path = folder / "data" / f"{file}.npz"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(path, emb=numbers(8, seed=number))
+    (folder / "labels.csv").write_text(text)
+    return scan(folder / "data", labels=str(folder / "labels.csv"), **options)
+
+
+def labels_of(result):
+    return {record.file.removesuffix(".npz"): record.utterance.emotion for record in result.records}
+
+
+@pytest.mark.parametrize("separator", [",", ";", "\t"])
+@pytest.mark.parametrize("columns", ["file emotion", "path label", "FileName Label", "name emotion"])
+def test_the_usual_separators_and_column_names_are_understood(tmp_path, separator, columns):
+    text = "\n".join(separator.join(line.split()) for line in (columns, "a.wav sad", "b joy"))
+    assert labels_of(tabled(tmp_path, ["a", "b"], text)) == {"a": "sad", "b": "happy"}
+
+
+def test_paths_of_other_machines_are_matched_by_their_ending(tmp_path):
+    text = (
+        "file,emotion\n/kaggle/input/audio/a.wav,sad\nC:\\data\\train\\b.wav,happy\n/x/test/b.wav,fear\n/x/c.wav,calm\n"
+    )
+    result = tabled(tmp_path, ["a", "train/b", "test/b", "deep/er/c"], text)
+    assert labels_of(result) == {"a": "sad", "train/b": "happy", "test/b": "fear", "deep/er/c": "calm"}
+
+
+@pytest.mark.parametrize(
+    ("files", "lines", "labelled", "reason"),
+    [
+        (["train/a", "dev/a", "train/b"], "a,sad\nb,sad", ["train/b"], "the line a of .* fits it and train/a"),
+        (["train/a", "dev/a"], "train/a,sad", ["train/a"], "the line train/a of .* is of another side"),
+        (["dev/a", "b"], "/x/train_splits/a,sad\nb,sad", ["b"], "the line /x/train_splits/a of .* is of another side"),
+        (["a", "sub/a"], "a,sad", ["a"], "the line a of .* fits it and a"),
+        (["a", "b"], "x/a,sad\ny/a,happy\nb,sad", ["b"], "fits the lines x/a and y/a"),
+        (["a", "b"], "a,xxx\nb,sad", ["b"], "has 'xxx' as emotion in"),
+        (["a", "b"], "a,\nb,sad", ["b"], "has no emotion in"),
+    ],
+)
+def test_a_line_that_is_not_certainly_of_a_file_never_labels_it(tmp_path, files, lines, labelled, reason):
+    result = tabled(tmp_path, files, f"file,emotion\n{lines}\n")
+    assert list(labels_of(result)) == labelled
+    assert result.left_out() == {"not-in-table": len(files) - len(labelled)}
+    assert re.search(reason, result.findings[0].reason)
+
+
+def test_composed_and_decomposed_letters_are_the_same(tmp_path):
+    result = tabled(tmp_path, ["Ang\u00e8le", "Ma\u0308rz"], "file,emotion\nAnge\u0300le,sad\nM\u00e4rz,calm\n")
+    assert list(labels_of(result).values()) == ["sad", "calm"]
+
+
+def test_the_split_of_a_table_reaches_the_utterances_and_is_checked(tmp_path):
+    files = [f"x{number:02d}" for number in range(12)]
+    lines = [f"{file},{'sad' if n % 2 else 'calm'},s{n},{'test' if n > 8 else 'train'}" for n, file in enumerate(files)]
+    text = "\n".join(["file,emotion,speaker,split", *lines])
+    result = tabled(tmp_path, files, text, folds="table")
+    assert result.records[-1].utterance.split == "test"
+    assert check_data.blockers(result) == []
+    result = tabled(tmp_path, files, text.replace("test", "later"), folds="table")
+    assert check_data.blockers(result)[0].endswith("found: 'later'")
+    with pytest.raises(check_data.UsageError, match="--folds must be used with --labels"):
+        check_data.ScanOptions("D", folds="table")
+
+
+def test_an_unknown_word_in_a_folder_name_is_named(tmp_path):
+    (tmp_path / "Wut").mkdir()
+    write(tmp_path / "Wut" / "rec.npz")
+    (finding,) = scan(tmp_path).findings
+    assert finding.reason.endswith("and its folder 'Wut' is not named like a known emotion")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"merge": ("calm=nuetral",)}, "--merge: 'nuetral' is not a known emotion; did you mean neutral?"),
+        ({"merge": ("clam=neutral",)}, "no file has the emotion clam; .*; did you mean calm?"),
+        ({"classes": "hapy,sad"}, "no file has the emotion hapy; .*; did you mean happy?"),
+        ({"corpus": "ravdes"}, "--corpus must be one of .*; did you mean ravdess?"),
+        ({"folds": "emobox-ravdes"}, "not a fold scheme; .*; did you mean emobox-ravdess?"),
+        ({"folds": "loso"}, "not a fold scheme; .*; did you mean leave-one-speaker-out?"),
+    ],
+)
+def test_a_close_match_is_suggested(sample, options, message):
+    with pytest.raises(check_data.UsageError, match=message.replace("?", r"\?")):
+        scan(sample, **options)
+
+
+def test_merge_may_make_a_new_class_and_it_is_noted(sample):
+    result = scan(sample, merge=("calm=positive", "happy=positive"))
+    assert check_data.Note("new-class", "positive") in result.notes
+    assert result.count("emotion")["positive"] == 24
 
 
 def test_merge_and_classes_are_applied(sample):
@@ -1256,6 +1355,72 @@ def test_twins_song_damage_and_unknown_speakers_are_noted(tmp_path):
     assert {"few-speakers", "few-utterances"} <= notes.keys()
 
 
+def test_merged_emotions_make_no_twins(tmp_path):
+    for k, emotion in enumerate(("01", "02", "06")):
+        for modality in ("01", "03"):
+            write(tmp_path / f"{modality}-01-{emotion}-01-01-01-01.npz", emb=numbers(8, seed=k + 10 * int(modality)))
+    (twins,) = [note.text for note in scan(tmp_path, merge=("calm=neutral",)).notes if note.code == "twins"]
+    assert twins.startswith("3: 01-01-01-01-01-01-01.npz = 03-01-01-01-01-01-01.npz, ")
+    for path in tmp_path.glob("01-*"):
+        path.unlink()
+    assert "twins" not in codes_of_notes(scan(tmp_path, merge=("calm=neutral",)))
+
+
+def with_versions(folder, tails):
+    """Two recordings of each of ten actors, with these tails."""
+    names = [
+        f"03-01-{emotion}-01-01-01-{actor:02d}{tail}"
+        for emotion in ("06", "08")
+        for actor in range(1, 11)
+        for tail in tails
+    ]
+    for number, name in enumerate(names):
+        write(folder / f"{name}.npz", emb=numbers(8, seed=number))
+    return folder
+
+
+def test_versions_and_tails_are_counted_in_notes(tmp_path):
+    result = scan(with_versions(tmp_path, ["_hubert", "_hubert_noise", "_hubert_pitch"]))
+    notes = {note.code: note.text for note in result.notes}
+    assert notes["versions"] == "40 files of 60 (noise 20, pitch 20)"
+    assert notes["tails"] == "hubert 20"
+    assert result.count("speaker") == {f"ravdess:{actor:02d}": 6 for actor in range(1, 11)}
+
+
+def test_versions_are_left_out_on_request(tmp_path):
+    with_versions(tmp_path, ["", "_noise"])
+    result = scan(tmp_path, no_versions=True)
+    assert (len(result.records), result.n_versions, result.n_files, result.findings) == (20, 20, 40, [])
+    assert "20 usable, 0 left out, 20 by --no-versions" in "\n".join(check_data.summary(result))
+
+
+def test_a_version_counts_where_its_original_cannot_be_used(tmp_path):
+    with_versions(tmp_path, ["", "_noise"])
+    (tmp_path / "03-01-06-01-01-01-01.npz").write_bytes(b"")
+    result = scan(tmp_path)
+    assert [r.file for r in result.records if r.utterance.speaker == "ravdess:01" and not r.utterance.version] == [
+        "03-01-06-01-01-01-01_noise.npz",
+        "03-01-08-01-01-01-01.npz",
+    ]
+
+
+@pytest.mark.parametrize("tail", [" (1)", " - Copy", " - Copy (2)", "_copy", "(1)"])
+@pytest.mark.parametrize("original", ["03-01-06-01-01-01-01", "fear/rec1"])
+def test_a_copy_is_named_as_a_copy_of_its_original(tmp_path, original, tail):
+    (tmp_path / "fear").mkdir()
+    for name in (original, original + tail):
+        write(tmp_path / f"{name}.npz")
+    result = scan(tmp_path)
+    assert result.findings == [check_data.Finding(f"{original}{tail}.npz", "copy", f"is a copy of {original}.npz")]
+
+
+def test_files_of_one_recording_without_a_speaker_are_noted(tmp_path):
+    (tmp_path / "sad").mkdir()
+    for number in range(12):
+        write(tmp_path / "sad" / f"call{number // 4}_seg{number % 4}.npz", emb=numbers(8, seed=number))
+    assert check_data.Note("same-recording", "12 files of 3 recordings") in scan(tmp_path).notes
+
+
 def test_other_arrays_are_noted(tmp_path):
     for k in range(3):
         named(tmp_path, k, emb=numbers(8, seed=k), label=np.eye(8)[4])
@@ -1417,6 +1582,42 @@ def test_a_single_emotion_is_not_ready(tmp_path):
     done = run(tmp_path)
     assert done.returncode == 1
     assert "NOT READY    all files have the same emotion (angry)" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "arguments"),
+    [
+        ({}, []),
+        ({"merge": ("calm=neutral",), "classes": "neutral,sad"}, ["--merge=calm=neutral", "--classes=neutral,sad"]),
+        ({"folds": "leave-one-speaker-out", "transpose": True}, ["--transpose", "--folds=leave-one-speaker-out"]),
+    ],
+)
+def test_the_ready_line_is_the_command_with_all_options(tmp_path, options, arguments):
+    folder = write_sample(tmp_path / "it's a folder", actors=5)
+    (*_, line) = check_data._verdict(scan(folder, **options))
+    assert shlex.split(line)[1:] == ["python", "train.py", *arguments, str(folder)]
+
+
+def test_a_folder_with_a_leading_dash_is_in_the_command_behind_two_more():
+    assert check_data.command_line(check_data.ScanOptions("-d")) == "python train.py -- -d"
+
+
+@pytest.mark.parametrize(
+    ("folds", "found"),
+    [
+        ("emobox-ravdess", "does not cover speaker cremad:1001"),
+        ("emosuperb-cremad", "does not cover speaker ravdess:01"),
+        ("2", ""),
+    ],
+)
+def test_what_training_would_refuse_about_the_split_is_found(sample, folds, found):
+    reasons = check_data.blockers(scan(sample, folds=folds))
+    assert bool(reasons) == bool(found)
+    assert all(found in reason for reason in reasons)
+
+
+def test_fewer_speakers_than_folds_are_in_the_verdict(sample):
+    assert "  split        8 speakers allow only 8 folds, not 50" in check_data._verdict(scan(sample, folds="50"))
 
 
 def test_jax_is_never_imported(sample):

@@ -433,9 +433,9 @@ def test_a_run_that_is_refused_changes_no_file_of_the_user(place, tmp_path):
     for name in (".thesis.tmp", "precious", "train.log"):
         (own / name).write_text("mine")
     (own / "lock").symlink_to("precious")
-    assert run_again(place, own, "--folds", "nonsense") == 2
+    assert run_again(place, own, "--folds", "emosuperb-cremad") == 2
     (own / "lock").unlink()
-    assert run_again(place, own, "--folds", "nonsense") == 2
+    assert run_again(place, own, "--folds", "emosuperb-cremad") == 2
     assert contents(own) == dict.fromkeys((".thesis.tmp", "precious", "train.log"), b"mine")
 
 

@@ -302,3 +302,181 @@ def test_emotion_tables_agree_with_the_patterns():
         for code, word in corpus.codes.get("emotion", {}).items():
             assert body.fullmatch(code), (key, code)
             assert word == "other" or emotions.emotion_word(word) == word, (key, word)
+
+
+# --- what follows a name ---
+
+
+@pytest.mark.parametrize(
+    ("name", "emotion", "tail"),
+    [
+        ("03-01-08-01-02-01-12_hubert_large", "surprise", "hubert_large"),
+        ("03-01-08-01-02-01-12.wavlm", "surprise", "wavlm"),
+        ("03-01-08-01-02-01-12_n05", "surprise", "n05"),
+        ("1001_DFA_ANG_XX-noise", "angry", "noise"),
+        ("1001_DFA_ANG_XX_2", "angry", "2"),
+        ("1001_DFA_ANG_XX (1)", "angry", "(1)"),
+        ("1001_DFA_ANG_XX(1)", "angry", "(1)"),
+        ("1001_DFA_ANG_XX - Copy", "angry", "Copy"),
+        ("cremad_1001_DFA_ANG_XX_noise.wav_wav2vec.npz", "angry", "noise"),
+        ("03a01Wa_noise", "angry", "noise"),
+        ("savee_DC_a01_noise", "angry", "noise"),
+        ("Fear_C_B_palabra-noise", "fear", "noise"),
+    ],
+)
+def test_a_tail_behind_a_name_is_separated(name, emotion, tail):
+    utterance = emotions.parse_name(name)
+    assert (utterance.emotion, utterance.tail) == (emotion, tail)
+
+
+@pytest.mark.parametrize(("name", "corpus"), [("a01 (1)", "aesdd"), ("03-01-05-01-02-01-12-01", "asvpesd")])
+def test_a_complete_name_is_never_read_as_a_shorter_one_with_a_tail(name, corpus):
+    utterance = emotions.parse_name(name)
+    assert (utterance.corpus, utterance.tail) == (corpus, "")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("03-01-09-01-02-01-12_noise", "does not fit any"),  # no such code
+        ("03-01-08-01-02-01-12-017", "does not fit any"),  # a field more than in any corpus
+        ("1001_DFA_ANG_XXnoise", "does not fit any|intensity"),
+        ("1001_DFA_ANG_XX_sad", "is angry in cremad, but 'sad' follows"),
+        ("1001_DFA_ANG_XX_1002_DFA_ANG_XX", "looks like|does not fit"),  # a mixture of two speakers
+        ("a01_take3", "may be from savee: if so, confirm with --corpus savee"),
+        ("s1_an_apple", "may be from enterface"),
+    ],
+)
+def test_a_tail_does_not_turn_an_error_into_a_label(name, message):
+    with pytest.raises(ValueError, match=message):
+        emotions.parse_name(name)
+
+
+def test_a_short_name_with_a_tail_is_understood_beside_the_name_itself_or_with_its_corpus():
+    first, second = emotions.parse_names(["DC_a01", "DC_a01_noise"])
+    assert second.recording == first.recording
+    assert corpora_of(["DC_a01_noise"], "savee") == ["savee"]
+    assert corpora_of(["DC_a01_noise", "DC_a02"]) == [None, "savee"]
+
+
+def test_a_name_with_a_tail_is_ambiguous_like_the_name_itself():
+    with pytest.raises(emotions.AmbiguousName):
+        emotions.parse_name("03-01-05-01-02-01-12_noise")
+    assert corpora_of(["03-01-05-01-02-01-12_noise", "03-01-06-01-02-01-12_noise"]) == ["ravdess", "ravdess"]
+
+
+# --- versions of a recording ---
+
+
+def versions_of(files, corpus=None):
+    """For each file, its recording as a number, and its version; unknown names are labelled by their folder."""
+    parsed = [
+        emotions.Utterance(file, "folder", emotions.folder_emotion(file.split("/")[-2]), None)
+        if isinstance(utterance, ValueError)
+        else utterance
+        for file, utterance in zip(files, emotions.parse_names(files, corpus))
+    ]
+    found = emotions.find_versions(parsed)
+    numbers = {}
+    return [(numbers.setdefault(u.recording, len(numbers)), u.version) for u in found]
+
+
+TAILS = ("", "_noise", "_pitch2")
+
+
+@pytest.mark.parametrize(
+    ("form", "expected"),
+    [
+        ("03-01-08-01-02-01-{:02d}{}", ["", "noise", "pitch2"]),
+        ("happy/rec_{:03d}{}", ["", "noise", "pitch2"]),
+        ("happy/rec{}{}_hubert", ["", "noise", "pitch2"]),
+        ("03-01-08-01-02-01-{:02d}{}_hubert", ["", "noise", "pitch2"]),
+        ("Fear_C_B_w{}{}", ["", "noise", "pitch2"]),
+    ],
+)
+def test_files_with_the_name_of_another_and_a_tail_are_its_versions(form, expected):
+    files = [form.format(number, tail) + ".npz" for number in range(1, 6) for tail in TAILS]
+    assert versions_of(files) == [(number, version) for number in range(5) for version in expected]
+
+
+@pytest.mark.parametrize(
+    "forms",
+    [
+        ("happy/rec_{}", "happy/aug1_rec_{}"),
+        ("happy/rec_{}", "happy_noise/rec_{}"),
+        ("original/happy/rec_{}", "augmented/happy/rec_{}"),
+        ("original_data/happy/rec_{}", "augmented_data/happy/rec_{}"),
+        ("clean/happy/rec_{}", "speed 0.9/happy/rec_{}"),
+        ("happy/rec_{}", "happy/speed0.9_rec_{}"),
+        ("happy/orig_rec_{}", "happy/noise_rec_{}"),
+        ("happy/rec_{}_clean", "happy/rec_{}_noise"),
+        ("03-01-08-01-02-01-0{}_orig", "03-01-08-01-02-01-0{}_noise"),
+        ("surprise/03-01-08-01-02-01-0{}", "surprise/noise_03-01-08-01-02-01-0{}"),
+        ("clean/03-01-08-01-02-01-0{}", "noise/03-01-08-01-02-01-0{}"),
+    ],
+)
+def test_a_word_for_versions_in_front_of_the_name_or_in_the_folder_counts(forms):
+    files = [form.format(number) for number in range(1, 4) for form in forms]
+    found = versions_of(files)
+    assert [number for number, _ in found] == [0, 0, 1, 1, 2, 2]
+    assert [bool(version) for _, version in found] == [False, True] * 3
+
+
+def test_versions_of_an_unknown_name_have_the_speaker_of_their_original():
+    names = ["03-01-08-01-02-01-01.npz", "noise_03-01-08-01-02-01-01.npz"]
+    original = emotions.parse_name(names[0])
+    copy = emotions.Utterance(names[1], "folder", original.emotion, None)
+    assert emotions.find_versions([original, copy])[1].speaker == "ravdess:01"
+
+
+@pytest.mark.parametrize(
+    "form", ["happy/clip{}_seg{}", "happy/clip{}_{}", "happy/dia{}_utt{}", "happy/x{}_robot{}", "happy/aug{1}_clip{0}"]
+)
+def test_without_an_original_files_of_a_recording_are_grouped_and_all_count(form):
+    files = [form.format(number, part) for number in range(5) for part in range(3)]
+    assert versions_of(files) == [(number, "") for number in range(5) for _ in range(3)]
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        [f"happy/rec_{number}" for number in range(30)],
+        [f"{emotion}/rec_{number}" for emotion in ("happy", "sad", "angry") for number in range(5)],
+        [f"{emotion}/{emotion}_{number}" for emotion in ("happy", "sad", "angry") for number in range(5)],
+        [f"happy/{speaker}_{number:03d}" for speaker in ("anna", "bert", "carl") for number in range(20)],
+        [f"{split}/happy/rec_{number}" for split in ("train", "test") for number in range(5)],
+        [f"happy/part{part}_{number}" for part in (1, 2) for number in range(9)],
+        [f"happy/2021030{day}_10{day}{number}" for day in range(5) for number in range(4)],
+    ],
+)
+def test_recordings_with_numbers_are_different_ones(files):
+    assert versions_of(files) == [(number, "") for number in range(len(files))]
+
+
+def test_a_tail_that_all_files_have_is_not_of_a_version():
+    files = [f"03-01-08-01-02-01-{actor:02d}_hubert" for actor in range(1, 5)]
+    files += [f"1001_{sentence}_ANG_XX_hubert{tail}" for sentence in ("DFA", "TSI") for tail in ("", "_noise")]
+    assert [version for _, version in versions_of(files)] == ["", "", "", "", "", "noise", "", "noise"]
+
+
+def test_the_same_name_is_another_recording_in_the_folder_of_another_speaker():
+    assert [number for number, _ in versions_of(["DC/a01", "JE/a01", "x/a01", "y/a01", "DC/a01_noise"])] == [
+        0,
+        1,
+        2,
+        3,
+        0,
+    ]
+
+
+def test_codes_of_tables_are_folded_but_not_in_folder_names():
+    codes = {"neu": "neutral", "hap": "happy", "ang": "angry", "sad": "sad", "fea": "fear", "dis": "disgust"}
+    codes |= {"sur": "surprise", "exc": "excited", "fru": "frustrated", "oth": "other"}
+    for code, word in codes.items():
+        assert emotions.custom_utterance("x", code).emotion == word
+    assert emotions.folder_emotion("neu") is None
+
+
+@pytest.mark.parametrize("speaker", ["Unknown", "unknown", "nan", "NA", "N/A", "none", "", " ", None])
+def test_words_for_no_speaker_are_none(speaker):
+    assert emotions.custom_utterance("x", "sad", speaker).speaker is None

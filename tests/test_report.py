@@ -367,6 +367,11 @@ def test_the_page_has_everything(drawn):
         assert expected in shown
 
 
+def test_a_single_test_set_is_not_called_cross_validation(metrics):
+    single = metrics | {"folds": metrics["folds"][:1], "fold_scheme": "table"}
+    assert train.report_heading(single).startswith("one test set, speaker-independent (table)\n")
+
+
 def test_a_split_that_is_not_by_speaker_is_reported_on_the_page_before_any_score(drawn, metrics):
     assert "NOT speaker-independent" not in page_text(drawn)
     assert "unseen speakers" in page_text(drawn)

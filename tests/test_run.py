@@ -157,7 +157,7 @@ def test_the_configuration_describes_the_model(trained):
     ],
 )
 def test_the_command_of_a_run_has_the_same_options(config):
-    python, program, *arguments = shlex.split(train.command_line(config))
+    python, program, *arguments = shlex.split(check_data.command_line(config))
     assert (python, program) == ("python", "train.py")
     assert train.parse_config(arguments) == config
 
@@ -587,3 +587,20 @@ def test_the_embedded_sample_is_what_its_script_writes(tmp_path):
     for name in names:
         with np.load(fresh / name) as new, np.load(ROOT / "sample" / name) as old:
             np.testing.assert_allclose(new["emb"], old["emb"], rtol=1e-6)
+
+
+def test_versions_of_a_recording_are_trained_on_but_neither_predicted_nor_scored(tmp_path, jax_stack):
+    data = write_sample(tmp_path / "data", actors=4, dim=24)
+    originals = sorted(path.stem for path in data.glob("*.npz"))
+    for stem in originals:
+        with np.load(data / f"{stem}.npz") as file:
+            np.savez(data / f"{stem}_noise.npz", emb=file["emb"] + np.float32(0.1))
+    run = tmp_path / "run"
+    assert train.main([str(data), "--out", str(run), *FAST, "--epochs", "1"]) == 0
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert metrics["n_utterances"] == sum(fold["n_test"] for fold in metrics["folds"]) == len(originals)
+    assert any(note.startswith(f"{len(originals)} files are versions of others") for note in metrics["notes"])
+    assert [row["file"].removesuffix(".npz") for row in rows_of(run / "predictions.csv")] == originals
+    with np.load(run / "fusion.npz") as fusion:
+        assert fusion["id"].tolist() == originals
+        assert len(fusion["logits"]) == len(fusion["embedding"]) == len(originals)
