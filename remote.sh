@@ -132,7 +132,7 @@ deploy() { # ARGUMENT... of train.py
                 --out) out=$argument ;;
                 --labels | --predict) send "$argument" ;;
                 '' | [!-]* | --*=* | --transpose | --nan-to-zero | \
-                    --fresh | --no-compile-cache | --recompute-stats)
+                    --fresh | --no-compile-cache | --recompute-stats | --require-gpu | --no-versions)
                     send "$argument" && directory=$there ;;
             esac ;;
         esac
@@ -259,6 +259,7 @@ start() { # PYTHON SCRIPTS DIR OUT ARGUMENT... of train.py
 launch() { # PYTHON SCRIPTS ARGUMENT... of train.py; the lock is on descriptor 9
     python=$1 scripts=$2
     shift 2
+    ! gpu | grep -q ',.*,.*,' || set -- --require-gpu "$@" # a row of four fields is a GPU, all else a reason
     echo "== $(date): train.py $*" && echo $$ >pid && echo $$ >group
     [ "$python" = "$(cat venv/python 2>/dev/null || echo "$python")" ] || rm -rf venv
     cmp -s "$scripts/requirements.txt" venv/requirements.txt || { # copied there last: these are installed

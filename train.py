@@ -140,6 +140,7 @@ class Config(check_data.ScanOptions):
     fresh: bool = option(False, "start over even if the results folder holds an unfinished run")
     no_compile_cache: bool = option(False, "do not cache the compiled program for later runs")
     recompute_stats: bool = option(False, "recompute the statistics in DIR")
+    require_gpu: bool = option(False, "do not train on a CPU: exit with status 2 and the reason if no GPU can be used")
 
     def __post_init__(self):
         super().__post_init__()
@@ -255,6 +256,8 @@ def start_device(config: Config) -> str:
     device = start_jax()
     if (jax.process_index() == 0) != is_primary():
         raise UsageError("the environment makes this one of several processes, but jax has found no others")
+    if config.require_gpu and jax.default_backend() != "gpu":
+        raise UsageError(f"--require-gpu: the device would be {device}")
     if not is_primary():
         log.setLevel(logging.WARNING)
     log.info(f"device: {device}")
@@ -2349,7 +2352,7 @@ def run_identity(experiment: Experiment, fingerprint: str) -> dict:
     """What two runs must share for one to resume from a checkpoint of the other; the split follows from it."""
     config, dataset, _, stored = experiment
     options = dataclasses.asdict(config)
-    for name in ("directory", "out", "predict", "fresh", "no_compile_cache", "recompute_stats"):
+    for name in ("directory", "out", "predict", "fresh", "no_compile_cache", "recompute_stats", "require_gpu"):
         del options[name]  # the results do not depend on them
     labels = [f"{u.file!r} {u.emotion!r} {u.speaker!r} {u.split or ''}".rstrip() for u in dataset.utterances]
     digests = {

@@ -42,7 +42,6 @@ import stats  # noqa: E402
 import train  # noqa: E402
 
 DIM, WIDTH, CLASSES, SPEAKERS = 768, 256, 8, 115
-FIRST_EPOCHS = 4  # of the first call of the program, which compiles; taken off again to leave the compilation out
 #: Starts a process and tells what it took; small, since Linux counts in a child's peak what its parent held.
 LAUNCHER = """import json, os, subprocess, sys, time
 started = time.perf_counter()
@@ -129,7 +128,7 @@ def table(title: str, header: list[str], rows: list[list[str]]) -> None:
 
 def installed(module: str, contestant: str) -> bool:
     """Whether a module that only a benchmark needs is there; say so in a sentence if not."""
-    there = importlib.util.find_spec(module) is not None
+    there = importlib.util.find_spec(module.partition(".")[0]) is not None
     if not there:
         print(f"{contestant} is left out: it needs {module}, which is not installed here.")
     return there
@@ -217,41 +216,127 @@ class Problem(NamedTuple):
     experiment: Any
 
 
-def problem(utterances: int, batch: int, epochs: int) -> Problem:
-    """Make a set in memory and split it into five folds: all that these benchmarks need to know of train.py.
-
-    train.train uses smaller batches on small sets; the others then get the same.
-    """
+def problem(utterances: int, batch: int, epochs: int, seeds: int = 1) -> Problem:
+    """Make a set in memory whose classes can be told apart, and split it into five folds."""
     random = np.random.default_rng(0)
     label = np.arange(utterances) // SPEAKERS % CLASSES
-    x = (random.normal(size=(CLASSES, DIM))[label] * 0.2 + random.normal(size=(utterances, DIM))).astype(np.float32)
-    scan = check_data.Scan(Path(), dim=DIM, features=list(x[:, None]))
+    directions = random.normal(size=(CLASSES, DIM)) * 0.2
+    x = (directions[label] + random.normal(size=(utterances, DIM))).astype(np.float32)
+    config = train.Config("none", seeds=seeds, epochs=epochs, patience=epochs, batch=batch, width=WIDTH)
+    return Problem(x, label, experiment(list(x[:, None]), label, config))
+
+
+def experiment(features: list[np.ndarray], label: np.ndarray, config: train.Config) -> train.Experiment:
+    """Pack and split features (T, D) as train.py does with those of files; `features` is emptied.
+
+    train.train uses smaller batches on small sets; the configuration then has them, so that the others get the same.
+    """
+    scan = check_data.Scan(Path(), dim=features[0].shape[1], features=features)
     for place, emotion in enumerate(label):
         who = emotions.Utterance(f"{place:06d}.npz", "own", emotions.EMOTIONS[emotion], f"own:{place % SPEAKERS}")
-        scan.records.append(check_data.Record(who, "name", (DIM,), "emb", "float32", place, 1.0))
+        shape = features[place].shape
+        scan.records.append(check_data.Record(who, "name", shape, "emb", "float32", crc=place, rms=1.0, bit_sum=place))
     dataset = train.pack(scan)
-    config = train.Config("none", folds="5", seeds=1, epochs=epochs, patience=epochs, batch=batch, width=WIDTH)
     split = train.make_split(dataset, config)
     smaller = int(split.train.sum(1).max()) // train.MIN_STEPS_PER_EPOCH
-    config = dataclasses.replace(config, batch=min(batch, max(smaller, 2)))
-    stored = stats.Stored(stats.Moments.of(x).statistics(), False, "benchmark")
-    return Problem(x, label, train.Experiment(config, dataset, split, stored))
+    config = dataclasses.replace(config, batch=min(config.batch, max(smaller, 2)))
+    stored = stats.Stored(dataset.moments.merged().statistics(), False, "benchmark")
+    return train.Experiment(config, dataset, split, stored)
 
 
-def prepare_ours(given: Problem) -> tuple[str, Callable[[], Any]]:
-    def run() -> None:
-        train.train_population(*train.set_up(given.experiment), given.experiment.split, train.RunFolder(None))
+def operations(given: train.Experiment) -> int:
+    """Floating-point operations of the matrix products of all training steps."""
+    dim, width, classes = given.dataset.x.shape[1], given.config.width, len(given.dataset.classes)
+    # Two products of the hidden layer, whose input needs no gradient, and three of the output layer.
+    utterance = 4 * dim * width + 6 * width * classes
+    return utterance * int(given.split.train.sum()) * given.config.epochs
 
-    return train.start_jax(), run
+
+def bytes_moved(given: train.Experiment) -> float:
+    """Bytes that all training steps read and write at least, if nothing stays in a cache between two kernels.
+
+    Parameters: the forward pass reads them; the gradient is written; the update reads it, the parameters and both
+    moments, and writes three of these. A batch: gathered, which reads and writes it, and read by two products.
+    """
+    dim, width, classes = given.dataset.x.shape[1], given.config.width, len(given.dataset.classes)
+    parameters = (dim + 1) * width + (width + 1) * classes
+    utterances = int(given.split.train.sum()) * given.config.epochs
+    steps = utterances / given.config.batch
+    return 4 * (9 * parameters * steps + 4 * dim * utterances)
 
 
-def prepare_whole(given: Problem) -> tuple[str, Callable[[], Any]]:
+class Stopwatch(train.RunFolder):
+    """Notes the time after each call of the training program, in place of saving checkpoints."""
+
+    def __init__(self):
+        super().__init__(None)
+        self.calls: list[Cost] = []
+
+    def checkpoint_if_due(self, progress: train.Progress, split: train.Split) -> None:
+        self.calls.append(Cost(time.perf_counter(), time.process_time()))
+
+    def bare(self) -> Cost:
+        """Cost of all calls at the pace of those after the first, which compiles."""
+        calls = len(self.calls)
+        span = np.subtract(self.calls[-1], self.calls[0])
+        return Cost(*span * calls / (calls - 1))
+
+
+class Contestant(NamedTuple):
+    """A way to train a problem: its device, and a function that does it and returns two costs.
+
+    The first is of all of it, the second without the compilation.
+    """
+
+    device: str
+    run: Callable[[], tuple[Cost, Cost]]
+
+
+def compiled(function: Callable[[Stopwatch], Any]) -> Callable[[], tuple[Cost, Cost]]:
+    """A run of what compiles in the first call of the training program."""
+
+    def run() -> tuple[Cost, Cost]:
+        watch = Stopwatch()
+        cost = timed(lambda: function(watch))
+        return cost, watch.bare()
+
+    return run
+
+
+def uncompiled(function: Callable[[], Any], times: float = 1.0) -> Callable[[], tuple[Cost, Cost]]:
+    """A run of what compiles nothing; `times` is all work over what the function does of it."""
+
+    def run() -> tuple[Cost, Cost]:
+        cost = Cost(*np.multiply(timed(function), times))
+        return cost, cost
+
+    return run
+
+
+def prepare_ours(given: Problem) -> Contestant:
+    own = given.experiment
+    return Contestant(
+        train.start_jax(), compiled(lambda watch: train.train_population(*train.set_up(own), own.split, watch))
+    )
+
+
+def prepare_whole(given: Problem) -> Contestant:
     """More than the others do: also the linear parts, and logits and hidden layers for all test speakers."""
-    return train.start_jax(), lambda: train.train(given.experiment)
+    return Contestant(train.start_jax(), compiled(lambda watch: train.train(given.experiment, watch)))
 
 
-def prepare_torch(given: Problem) -> tuple[str, Callable[[], Any]]:
-    """The loop that one would write: a model at a time, a batch at a time, the validation after each epoch."""
+def torch_model() -> Any:
+    """The network of train.py for vectors."""
+    from torch.nn import Dropout, Linear, ReLU, Sequential
+
+    return Sequential(Linear(DIM, WIDTH), ReLU(), Dropout(0.5), Linear(WIDTH, CLASSES))
+
+
+def prepare_torch(given: Problem, models: int | None = None) -> Contestant:
+    """The loop that one would write: a model at a time, a batch at a time, the validation after each epoch.
+
+    With `models`, so many are measured, and the costs of all are in proportion.
+    """
     import torch
 
     config, device = given.experiment.config, "cuda" if torch.cuda.is_available() else "cpu"
@@ -261,8 +346,7 @@ def prepare_torch(given: Problem) -> tuple[str, Callable[[], Any]]:
         mean, std = given.x[training].mean(0), given.x[training].std(0)
         x = torch.tensor((given.x - mean) / std, device=device)
         train_on, validate_on = (torch.tensor(np.flatnonzero(mask), device=device) for mask in (training, validating))
-        layers = torch.nn.Linear(DIM, WIDTH), torch.nn.ReLU(), torch.nn.Dropout(0.5), torch.nn.Linear(WIDTH, CLASSES)
-        model = torch.nn.Sequential(*layers).to(device)
+        model = torch_model().to(device)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=1e-2)
         loss_of = torch.nn.CrossEntropyLoss(label_smoothing=0.1)
         for _ in range(config.epochs):
@@ -277,10 +361,60 @@ def prepare_torch(given: Problem) -> tuple[str, Callable[[], Any]]:
                 loss_of(model(x[validate_on]), label[validate_on]).item()
 
     split = given.experiment.split
-    return device, lambda: [fit(*masks) for masks in zip(split.train, split.validation)]
+    masks = list(zip(split.train, split.validation))
+    measured = masks[:models]
+    return Contestant(device, uncompiled(lambda: [fit(*pair) for pair in measured], len(masks) / len(measured)))
 
 
-def prepare_sklearn(given: Problem) -> tuple[str, Callable[[], Any]]:
+def rectangle(mask: np.ndarray) -> np.ndarray:
+    """The utterances of each model (P, N), as many as the median model has: the others lose or repeat some."""
+    width = int(np.median(mask.sum(1)))
+    return np.stack([np.resize(np.flatnonzero(row), width) for row in mask])
+
+
+def prepare_torch_func(given: Problem) -> Contestant:
+    """All models at once: their parameters stacked, and the gradient of one model under vmap."""
+    import torch
+    from torch.func import functional_call, grad, stack_module_state, vmap
+
+    config, split = given.experiment.config, given.experiment.split
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    x, label = (torch.tensor(array, device=device) for array in (given.x, given.label))
+    train_on, validate_on = (torch.tensor(rectangle(mask), device=device) for mask in (split.train, split.validation))
+    mean, std = (torch.stack([getattr(x[chosen], name)(0) for chosen in train_on]) for name in ("mean", "std"))
+    models = [torch_model().to(device) for _ in train_on]
+
+    def loss_of(parameters: dict, mean: Any, std: Any, chosen: Any) -> Any:
+        logits = functional_call(models[0], parameters, ((x[chosen] - mean) / std,))
+        return torch.nn.functional.cross_entropy(logits, label[chosen], label_smoothing=0.1)
+
+    losses, gradients = (vmap(function, randomness="different") for function in (loss_of, grad(loss_of)))
+
+    def fit() -> None:
+        parameters, _ = stack_module_state(models)
+        optimizer = torch.optim.AdamW(parameters.values(), lr=1e-3, weight_decay=1e-2)
+        for _ in range(config.epochs):
+            models[0].train()
+            order = torch.rand(train_on.shape, device=device).argsort(1)
+            for chosen in train_on.gather(1, order).split(config.batch, 1):
+                clip_each(gradients(parameters, mean, std, chosen), parameters)
+                optimizer.step()
+            models[0].eval()
+            with torch.no_grad():
+                losses(parameters, mean, std, validate_on).tolist()
+
+    return Contestant(device, uncompiled(fit))
+
+
+def clip_each(gradients: dict, parameters: dict) -> None:
+    """Give the stacked parameters their gradients, that of each model clipped to a norm of 1."""
+    norm = sum(part.flatten(1).square().sum(1) for part in gradients.values()).sqrt()
+    share = (1 / (norm + 1e-6)).clamp(max=1)
+    for name, part in gradients.items():
+        parameters[name].grad = part * share.view(-1, *[1] * (part.ndim - 1))
+
+
+def prepare_sklearn(given: Problem) -> Contestant:
     """The ready-made classifier; Adam only, without dropout, decoupled decay, smoothing, clipping or validation."""
     from sklearn.neural_network import MLPClassifier
 
@@ -293,61 +427,63 @@ def prepare_sklearn(given: Problem) -> tuple[str, Callable[[], Any]]:
             warnings.simplefilter("ignore")  # that it has not converged
             model.fit((x - x.mean(0)) / x.std(0), given.label[training])
 
-    return "cpu", lambda: [fit(training) for training in given.experiment.split.train]
+    return Contestant("cpu", uncompiled(lambda: [fit(training) for training in given.experiment.split.train]))
 
 
 PREPARE = {
     "ours": prepare_ours,
-    "short": prepare_ours,
     "whole": prepare_whole,
     "torch": prepare_torch,
+    "torch.func": prepare_torch_func,
     "sklearn": prepare_sklearn,
 }
 
 
-def matrix_peak() -> float:
-    """Floating-point operations a second of a float32 product of two 2048 x 2048 matrices in jax, median of 7."""
+def matrix_peak(size: int = 2048) -> float:
+    """Floating-point operations a second of a float32 product of two square matrices in jax, median of 7."""
     import jax
 
-    one = jax.random.normal(jax.random.key(0), (2048, 2048))
-    product = jax.jit(lambda a: a @ a)
-    product(one).block_until_ready()
-    return 2 * 2048**3 / np.median([timed(lambda: product(one).block_until_ready()).wall for _ in range(7)])
+    one = jax.random.normal(jax.random.key(0), (size, size))
+    return 2 * size**3 / median_call(jax.jit(lambda a: a @ a), one)
+
+
+def median_call(function: Callable[[Any], Any], array: Any) -> float:
+    """Seconds of a call of a compiled function, median of 7."""
+    function(array).block_until_ready()  # the first one compiles
+    return float(np.median([timed(lambda: function(array).block_until_ready()).wall for _ in range(7)]))
 
 
 def work(contestant: str, utterances: int, batch: int, epochs: int) -> None:
     """Train as one contestant in this process; print what it took, imports and data left out, as JSON."""
     given = problem(utterances, batch, epochs)
     device, run = PREPARE[contestant](given)
-    cost = timed(run)
-    # Products of every step: two of the hidden layer, whose input needs no gradient, and three of the output layer.
-    flops = (4 * DIM * WIDTH + 6 * WIDTH * CLASSES) * int(given.experiment.split.train.sum()) * epochs
-    answer = {"cost": cost[:2], "flops": flops, "batch": given.experiment.config.batch, "device": device}
-    print(json.dumps(answer | {"peak": matrix_peak() if PREPARE[contestant] is prepare_ours else 0}))
+    costs = [cost[:2] for cost in run()]
+    answer = {"costs": costs, "flops": operations(given.experiment), "batch": given.experiment.config.batch}
+    peak = matrix_peak() if contestant == "ours" else 0.0
+    print(json.dumps(answer | {"device": device, "peak": peak}))
 
 
 def bench_train(options: argparse.Namespace) -> None:
     """Five folds and the final model, against a PyTorch loop and scikit-learn's MLPClassifier, at equal work.
 
-    Each run is a process of its own. Ours runs for E + 4 epochs and for 4, since it compiles before the first; their
-    difference is the time of E epochs without the compilation (lost in noise where E is small), and the time with it
-    is that of the short run and (E - 4) / E of the difference. `all of train.train` does more than the others: it adds
-    the linear parts, and logits and hidden layers for all test speakers. `of peak` sets the operations of
-    the matrix products of the training steps, over the time without compilation, against the fastest median of a
-    product of two 2048 x 2048 matrices in jax, measured on the same device in the same run.
+    torch.func trains all models at once, the loop one after the other. Each run is a process of its own. Ours compiles
+    in the first call of the program; the time without the compilation is that of all calls at the pace of the others.
+    `all of train.train` does more than the others: it adds the linear parts, and logits and hidden layers for all test
+    speakers. `of peak` sets the operations of the matrix products of the training steps, over the time without
+    compilation, against the fastest median of a product of two 2048 x 2048 matrices in jax, measured on the same
+    device in the same run.
     """
-    names = {"torch": "PyTorch loop", "sklearn": "scikit-learn MLP *"}
+    names = {"torch": "PyTorch loop", "torch.func": "torch.func", "sklearn": "scikit-learn MLP *"}
     names = {module: name for module, name in names.items() if installed(module, name)}
     names = {"ours": "ours", "whole": "all of train.train"} | names
     rows = []
     for batch in options.batch:
-        lengths = dict.fromkeys(names, options.epochs) | {"ours": options.epochs + FIRST_EPOCHS, "short": FIRST_EPOCHS}
-        starts = {
-            key: functools.partial(child, HERE, "--worker", key, options.utterances, batch, epochs, answer=True)
-            for key, epochs in lengths.items()
-        }
+        starts = {}
+        for key in names:
+            worker = [HERE, "--worker", key, options.utterances, batch, options.epochs]
+            starts[key] = functools.partial(child, *worker, answer=True)
         runs = turns(starts, options.rounds)
-        rows += training_rows(runs, options.epochs, names)
+        rows += training_rows(runs, names)
     size = f"{options.utterances} x {DIM}, {options.epochs} epochs, medians of {options.rounds} rounds"
     devices = ", ".join(f"{name} on {runs[key][0]['device']}" for key, name in names.items() if key != "whole")
     compiled, bare = ["s with compile", "cores' s", "x ours"], ["s without", "cores' s", "x ours", "cores x ours"]
@@ -357,25 +493,26 @@ def bench_train(options: argparse.Namespace) -> None:
         print("* has no dropout, decoupled decay, label smoothing, clipping or validation: each of its steps does less")
 
 
-def training_rows(runs: dict[str, list[dict]], epochs: int, names: dict[str, str]) -> list[list[str]]:
-    """Rows of the table for one batch size; costs have shape (rounds, 2), of the clock and of all cores together."""
-    costs = {key: np.array([answer["cost"] for answer in answers]) for key, answers in runs.items()}
-    peak = max(answer["peak"] for answers in runs.values() for answer in answers)
-    flops, batch = runs["ours"][0]["flops"] * epochs / (epochs + FIRST_EPOCHS), runs["ours"][0]["batch"]
-    bare = costs | {"ours": costs["ours"] - costs["short"]}  # the other tools compile nothing
-    compiled = costs | {"ours": costs["short"] + (1 - FIRST_EPOCHS / epochs) * bare["ours"]}
+def training_rows(runs: dict[str, list[dict]], names: dict[str, str]) -> list[list[str]]:
+    """Rows of the table for one batch size.
+
+    Costs have shape (rounds, 2, 2): with the compilation and without, of the clock and of all cores together.
+    """
+    costs = {key: np.array([answer["costs"] for answer in answers]) for key, answers in runs.items()}
+    peak = max(answer["peak"] for answer in runs["ours"])
+    flops, batch = runs["ours"][0]["flops"], runs["ours"][0]["batch"]
     rows = []
     for key, name in names.items():
-        cells = [name, str(batch)]
-        for part in (compiled, bare):
-            cells += [f"{value:.2f}" for value in np.median(part[key], 0)]
-            cells += [f"{value:.2f}" for value in np.median(part[key] / part["ours"], 0)]
-        del cells[5]  # what the cores took with the compilation tells nothing new
-        speed = flops / np.median(bare[key][:, 0])
-        cells += [f"{speed / 1e9:.1f}", f"{speed / peak:.0%}"]
-        if key == "whole":  # with the compilation alone
-            cells[5:] = [""] * len(cells[5:])
-        rows.append(cells)
+        (wall, cores), (bare_wall, bare_cores) = np.median(costs[key], 0)
+        (times, _), (bare_times, cores_times) = np.median(costs[key] / costs["ours"], 0)
+        speed = flops / bare_wall
+        cells = [f"{value:.2f}" for value in (wall, cores, times)]
+        if key == "whole":  # its time without the compilation leaves out what it adds
+            cells += [""] * 6
+        else:
+            cells += [f"{value:.2f}" for value in (bare_wall, bare_cores, bare_times, cores_times)]
+            cells += [f"{speed / 1e9:.1f}", f"{speed / peak:.0%}"]
+        rows.append([name, str(batch), *cells])
     return rows
 
 
@@ -666,9 +803,11 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.all:
         vars(options).update(dict.fromkeys(BENCHMARKS, True), accuracy=options.accuracy or str(ROOT / "sample"))
-    counts = [options.rounds, options.epochs, *options.batch, *options.sizes]
+    counts = [options.rounds, *options.batch, *options.sizes]
     if min(counts) < 1 or max(options.sizes) > 70_000 or options.utterances < SPEAKERS * CLASSES // 2:
         parser.error("counts are at least 1, --sizes at most 70000 and --utterances at least 460")
+    if options.epochs <= train.EPOCHS_PER_CALL:
+        parser.error("--epochs must be at least 5: those of the first call of the program are not timed")
     if not options.worker and options.accuracy is None and not any(vars(options)[name] for name in BENCHMARKS):
         parser.error(f"choose a benchmark: {', '.join(f'--{name}' for name in BENCHMARKS)}, --accuracy DIR or --all")
     return options

@@ -146,8 +146,9 @@ def test_a_sweep_resumes_with_the_results_of_an_unbroken_one(place, tmp_path, ca
     assert results(tmp_path / "run") == results(tmp_path / "unbroken")
 
 
-def test_the_options_that_do_not_change_the_results_may_differ(place, interrupted):
-    assert run_again(place, interrupted, "--no-compile-cache", "--recompute-stats") == 0
+def test_the_options_that_do_not_change_the_results_may_differ(place, interrupted, jax_stack, monkeypatch):
+    monkeypatch.setattr(jax_stack, "default_backend", lambda: "gpu")
+    assert run_again(place, interrupted, "--no-compile-cache", "--recompute-stats", "--require-gpu") == 0
     assert results(interrupted)["predictions.csv"] == results(place / "unbroken")["predictions.csv"]
 
 

@@ -307,6 +307,37 @@ def test_every_core_that_the_process_may_use_is_a_device(tmp_path):
     assert output.stdout == "1 CPU (1 cores), because JAX_PLATFORMS=cpu requests it\n"
 
 
+@pytest.fixture
+def start_on(jax_stack, environment, monkeypatch):
+    """Start a device that jax calls by this name."""
+
+    def start(backend, require_gpu):
+        monkeypatch.setattr(train, "start_jax", lambda: "CPU, because THE GPU COULD NOT BE USED: no memory")
+        monkeypatch.setattr(jax_stack, "default_backend", lambda: backend)
+        return train.start_device(train.Config("DIR", no_compile_cache=True, require_gpu=require_gpu))
+
+    return start
+
+
+@pytest.mark.parametrize("backend", ["cpu", "tpu"])
+def test_a_run_that_requires_a_gpu_starts_on_nothing_else(start_on, backend):
+    assert start_on(backend, require_gpu=False)
+    with pytest.raises(check_data.UsageError, match=r"--require-gpu: .* THE GPU COULD NOT BE USED: no memory"):
+        start_on(backend, require_gpu=True)
+
+
+def test_a_run_that_requires_a_gpu_starts_on_one(start_on):
+    assert start_on("gpu", require_gpu=True)
+
+
+def test_a_required_gpu_that_is_missing_ends_the_program_with_status_2(sample, tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    assert train.main([str(sample), "--out", str(tmp_path / "run"), "--require-gpu"]) == 2
+    assert caplog.messages[-1].startswith("train.py: --require-gpu: the device would be CPU (")
+    assert caplog.messages[-1].endswith("because JAX_PLATFORMS=cpu requests it")
+    assert not (tmp_path / "run").exists()
+
+
 # --- the compile cache ---
 
 

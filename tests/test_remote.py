@@ -119,6 +119,8 @@ class Sides:
             (self.near / f"set/{number}.npz").write_bytes(random.Random(number).randbytes(2000))
         shutil.copy(ROOT / "requirements.txt", self.base / "venv")  # so nothing is installed
         self.program(self.base / "venv/bin/python", f'exec {sys.executable} "$@"')
+        self.smi = self.home / "bin/nvidia-smi"
+        self.program(self.smi, "exit 9")  # the GPU of the machine that tests is not that of the far side
         (machine.folder / "home").unlink(missing_ok=True)
         (machine.folder / "home").symlink_to(self.home)
         self.path = f"{machine.commands}:{os.environ['PATH']}"
@@ -404,7 +406,7 @@ def test_a_changed_host_key_stops_everything(sides):
 def test_nvidia_smi_may_be_missing_failing_or_hanging(sides):
     sides.deploy(orders="")
     sides.ended()
-    smi = sides.home / "bin/nvidia-smi"
+    sides.smi.unlink()
     if shutil.which("nvidia-smi") is None:
         assert "\nGPU: no nvidia-smi\n" in sides.call("monitor", "gpu").stdout
     for program, told in [
@@ -412,7 +414,7 @@ def test_nvidia_smi_may_be_missing_failing_or_hanging(sides):
         ("echo 'No devices were found'\nexit 9", "GPU: No devices were found\nGPU: nvidia-smi failed: 9\n"),
         ("echo $$ >../smi\ntrap '' TERM\nwhile :; do sleep 1; done", "GPU: nvidia-smi hangs\n"),
     ]:
-        sides.program(smi, program)
+        sides.program(sides.smi, program)
         done = sides.call("monitor", "gpu")
         assert done.returncode == 0
         assert f"\n{told}" in done.stdout
@@ -648,6 +650,23 @@ def test_train_py_gets_its_arguments_with_the_far_side_s_paths(sides):
     assert json.loads((sides.home / "argv").read_text()) == ["--out", "runs/mine", there, "--out", "runs/mine"]
     assert "neither here nor there" in sides.deploy("missing", status=2).stderr
     assert "needs DIR" in sides.deploy("--epochs", "3", status=2).stderr
+
+
+@pytest.mark.parametrize(
+    ("program", "required"),
+    [
+        ("echo 'H100, 35 %, 1200 MiB, 81559 MiB'", True),
+        ("echo 'GB10, 0 %, [N/A], [N/A]'", True),
+        ("echo 'No devices were found'", False),
+        ("echo 'NVIDIA-SMI has failed, because it could not communicate with the NVIDIA driver.'\nexit 9", False),
+    ],
+)
+def test_where_the_far_side_has_a_gpu_the_run_requires_it(sides, program, required):
+    sides.program(sides.smi, program)
+    sides.deploy("set", "--epochs", "3", orders="pathlib.Path('../argv').write_text(' '.join(sys.argv[1:]))")
+    sides.ended()
+    first, *_ = (sides.home / "argv").read_text().split()
+    assert (first == "--require-gpu") == required
 
 
 def same_files(one, other):
