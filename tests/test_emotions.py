@@ -211,6 +211,7 @@ def test_a_corpus_is_added_with_one_entry(monkeypatch):
 
 def test_damaged_recordings_are_recognised_by_name():
     assert emotions.known_damage(emotions.parse_name("cremad_1076_MTI_SAD_XX.npz")) == "silent"
+    assert emotions.known_damage(emotions.parse_name("1076_MTI_SAD_XX_hubert.npz")) == "silent"
     assert emotions.known_damage(emotions.parse_name("1076_MTI_FEA_XX.npz")) is None
 
 
@@ -343,6 +344,7 @@ def test_a_complete_name_is_never_read_as_a_shorter_one_with_a_tail(name, corpus
         ("1001_DFA_ANG_XXnoise", "does not fit any|intensity"),
         ("1001_DFA_ANG_XX_sad", "is angry in cremad, but 'sad' follows"),
         ("1001_DFA_ANG_XX_1002_DFA_ANG_XX", "looks like|does not fit"),  # a mixture of two speakers
+        ("1001_DFA_ANG_XX_mixed_1002_DFA_ANG_XX_snr5", "looks like|does not fit"),
         ("a01_take3", "may be from savee: if so, confirm with --corpus savee"),
         ("s1_an_apple", "may be from enterface"),
     ],
@@ -392,6 +394,7 @@ TAILS = ("", "_noise", "_pitch2")
         ("happy/rec{}{}_hubert", ["", "noise", "pitch2"]),
         ("03-01-08-01-02-01-{:02d}{}_hubert", ["", "noise", "pitch2"]),
         ("Fear_C_B_w{}{}", ["", "noise", "pitch2"]),
+        ("Fear_C_B_con_w{}{}_hubert", ["", "noise", "pitch2"]),
     ],
 )
 def test_files_with_the_name_of_another_and_a_tail_are_its_versions(form, expected):
@@ -410,6 +413,7 @@ def test_files_with_the_name_of_another_and_a_tail_are_its_versions(form, expect
         ("happy/rec_{}", "happy/speed0.9_rec_{}"),
         ("happy/orig_rec_{}", "happy/noise_rec_{}"),
         ("happy/rec_{}_clean", "happy/rec_{}_noise"),
+        ("happy/session_rec_{}", "happy/session_noise_rec_{}"),
         ("03-01-08-01-02-01-0{}_orig", "03-01-08-01-02-01-0{}_noise"),
         ("surprise/03-01-08-01-02-01-0{}", "surprise/noise_03-01-08-01-02-01-0{}"),
         ("clean/03-01-08-01-02-01-0{}", "noise/03-01-08-01-02-01-0{}"),
@@ -437,16 +441,22 @@ def test_without_an_original_files_of_a_recording_are_grouped_and_all_count(form
     assert versions_of(files) == [(number, "") for number in range(5) for _ in range(3)]
 
 
+def test_two_files_with_words_for_versions_are_of_one_recording():
+    assert versions_of(["happy/rec_1_noise", "happy/rec_1_pitch", "happy/rec_2"]) == [(0, ""), (0, ""), (1, "")]
+
+
 @pytest.mark.parametrize(
     "files",
     [
         [f"happy/rec_{number}" for number in range(30)],
+        [f"happy/volume{number}" for number in range(5)],
         [f"{emotion}/rec_{number}" for emotion in ("happy", "sad", "angry") for number in range(5)],
         [f"{emotion}/{emotion}_{number}" for emotion in ("happy", "sad", "angry") for number in range(5)],
         [f"happy/{speaker}_{number:03d}" for speaker in ("anna", "bert", "carl") for number in range(20)],
         [f"{split}/happy/rec_{number}" for split in ("train", "test") for number in range(5)],
         [f"happy/part{part}_{number}" for part in (1, 2) for number in range(9)],
         [f"happy/2021030{day}_10{day}{number}" for day in range(5) for number in range(4)],
+        [f"Fear_{voice}_A_{word}" for voice in "FMC" for word in ("con", "con_guion", "abajo")],
     ],
 )
 def test_recordings_with_numbers_are_different_ones(files):
