@@ -12,7 +12,6 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # first of all: Python's own handler would print a traceback
 
 import argparse
-import collections
 import csv
 import dataclasses
 import difflib
@@ -27,6 +26,7 @@ import struct
 import sys
 import unicodedata
 import zlib
+from collections import Counter, defaultdict, namedtuple
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,7 +35,14 @@ import numpy as np
 
 import emotions
 import stats
+from emotions import Utterance
 from stats import DataError
+
+Array = np.ndarray
+Shape = tuple[int, ...]
+Names = tuple[str, ...]
+Data = bytes | memoryview
+Fault = tuple[str, str]  # code and reason for leaving a file out
 
 #: Names of the array with the features, in order of preference: the four of the contract, then other common ones.
 KEYS = (
@@ -61,22 +68,18 @@ MAX_CLASSES, MAX_CLASS_NAME = 100, 100  # emotions, and characters in each
 _MAX_ENTRIES = 100_000  # a damaged count must not keep the reader busy
 _MANY = 20  # arrays of one width are a whole set in one file, not the features of an utterance
 
-# The zip records that are read, little-endian (PKWARE APPNOTE 4.3.7, 4.3.12 and 4.3.16).
-_LOCAL_HEADER = struct.Struct("<4s5H3L2H")
-_DIRECTORY_ENTRY = struct.Struct("<4s6H3L5H2L")
-_END_RECORD = struct.Struct("<4s4H2LH")
-#: The zip64 form of the end record, and the locator of it that follows.
-_ZIP64_END = struct.Struct("<4sQ2H2L4Q4sLQL")
-_STORED, _DEFLATED = 0, 8  # compression methods
-# "Version made by", internal and external attributes as np.savez writes them. Neither a checksum nor a second copy
-# protects them, so a value that differs in a single bit is treated as damage; other writers differ in more bits.
-_NUMPY_ATTRIBUTES = 0x032D << 48 | 0o600 << 16
 
 # --- options ------------------------------------------------------------------------------------------------------
 
 
 class UsageError(Exception):
-    """The request cannot be carried out; the message gives the reason and the remedy. Exit status 2."""
+    """The request cannot be carried out; the message gives the reason and the remedy. Exit status 2.
+
+    The message may quote names of any kind: it is escaped here. `table` are further lines.
+    """
+
+    def __init__(self, message: str, *table: str):
+        super().__init__("\n  ".join(map(printable, (message, *table))))
 
 
 def option(default: Any, text: str) -> Any:
@@ -125,6 +128,20 @@ def add_options(parser: argparse.ArgumentParser, options: type) -> None:
 # reader accepts only the subset of zip that NPZ writers use, and is several times faster for a vector.
 
 
+# The zip records that are read, little-endian (PKWARE APPNOTE 4.3.7, 4.3.12 and 4.3.16), and their fields in order.
+_LOCAL_HEADER = struct.Struct("<4s5H3L2H")
+_DIRECTORY_ENTRY = struct.Struct("<4s6H3L5H2L")
+_END_RECORD = struct.Struct("<4s4H2LH")
+_ZIP64_END = struct.Struct("<4sQ2H2L4Q4sLQL")  # with its locator, which follows
+_COMMON = "version flags method time date crc packed size name_length extra_length"
+_Local = namedtuple("_Local", f"magic {_COMMON}")
+_Central = namedtuple("_Central", f"magic made_by {_COMMON} comment_length disk internal external offset")
+_STORED, _DEFLATED = 0, 8  # compression methods
+# "Version made by", internal and external attributes as np.savez writes them. Neither a checksum nor a second copy
+# protects them, so a value that differs in a single bit is treated as damage; other writers differ in more bits.
+_NUMPY_ATTRIBUTES = 0x032D << 48 | 0o600 << 16
+
+
 class ZipEntry(NamedTuple):
     """One array of an NPZ file, with positions in bytes from the start of the file."""
 
@@ -137,37 +154,27 @@ class ZipEntry(NamedTuple):
     next: int  # where the next entry must begin
 
 
-# The fields of a local header and of a directory entry, in file order.
-_COMMON = "version flags method time date crc packed size name_length extra_length"
-_Local = collections.namedtuple("_Local", f"magic {_COMMON}")
-_Central = collections.namedtuple("_Central", f"magic made_by {_COMMON} comment_length disk internal external offset")
-
-
 class Features(NamedTuple):
     """The features read from a file."""
 
-    array: np.ndarray  # float32, of shape (D,), (T, D) or (T * D,)
+    array: Array  # float32, of shape (D,), (T, D) or (T * D,)
     key: str  # name of the array, or NPY_KEY
     dtype: str  # in the file
-    array_names: tuple[str, ...]  # all arrays in the file
+    array_names: Names  # all arrays in the file
     crc: int
     rms: float  # root mean square of the values
     bit_sum: int  # of the float32 values, as integers
-    stored_shape: tuple[int, ...]  # in the file, with a leading axis and before transposing
+    has_leading_axis: bool  # of length 1, in the file
 
 
+_PICKLED = "is a Python pickle, which can run code and is never loaded"
 # Beginnings of files that are not what their extension claims, in lower case and without leading blanks.
 _SIGNATURES = (
     ((b"version https://git-lfs",), "git-lfs", "is a git-lfs pointer: run git lfs pull"),
     ((b"<!doctype", b"<html", b"<?xml"), "not-npz", "is an HTML page, probably from a failed download"),
     ((b"\x93numpy",), "not-npz", "is a bare .npy array named .npz"),
     ((b"pk\x03\x04",), "not-npz", "is a zip archive named .npy"),
-    # The PROTO opcode and pickle protocol 2 to 5.
-    (
-        (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"),
-        "pickle",
-        "is a Python pickle, which can run code and is never loaded",
-    ),
+    ((b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"), "pickle", _PICKLED),  # the opcode PROTO, protocol 2 to 5
     ((b"riff",), "not-npz", "is a WAV recording: extract its features first"),
     ((b"\x89hdf",), "not-npz", "is an HDF5 file"),
 )
@@ -210,20 +217,21 @@ def _resolve_zip64(extra: bytes, *values: int) -> list[int]:
     return resolved
 
 
-def _read_zip64_end(blob: bytes, end: int, short: tuple[int, ...]) -> tuple[int, ...]:
-    """Read the zip64 records before the end record, which archives above 2 GiB have: count, size and start.
+def _read_zip64_end(blob: bytes, end: int, short: Shape) -> Shape:
+    """Read the zip64 records before the end record, which archives above 2 GiB have: start, count, size, offset.
 
-    `short` are the same fields of the end record; those that are too large for it are all ones there.
+    `short` are the last three in the end record; those that are too large for it are all ones there.
     """
     begin = end - _ZIP64_END.size
-    magic, size, made_by, needed, disk, first_disk, n_here, *fields, locator, on_disk, offset, disks = (
-        _ZIP64_END.unpack_from(blob, begin) if begin >= 0 else (b"",) * 14
-    )
-    if (magic, locator, size, made_by, needed, on_disk, disks) != (b"PK\x06\x06", b"PK\x06\x07", 44, 45, 45, 0, 1):
+    if begin < 0:
         raise _bad_zip("invalid zip64 end record")
+    magic, size, made_by, needed, disk, first_disk, n_here, *fields, locator, on_disk, offset, disks = (
+        _ZIP64_END.unpack_from(blob, begin)
+    )
+    found = magic, locator, size, made_by, needed, disk, first_disk, n_here, on_disk, offset, disks
     shortened = tuple(min(value, limit) for value, limit in zip(fields, (0xFFFF, 0xFFFFFFFF, 0xFFFFFFFF)))
-    if disk or first_disk or n_here != fields[0] or offset != begin or shortened != short:
-        raise _bad_zip("inconsistent zip64 end record")
+    if found != (b"PK\x06\x06", b"PK\x06\x07", 44, 45, 45, 0, 0, fields[0], 0, begin, 1) or shortened != short:
+        raise _bad_zip("invalid zip64 end record")
     return begin, *fields
 
 
@@ -238,10 +246,10 @@ def _read_directory(blob: bytes) -> list[ZipEntry]:
             raise _foreign_error(blob)
     _, disk, first_disk, n_here, n_entries, size, start, comment = _END_RECORD.unpack_from(blob, end)
     directory_end = end
-    if end + _END_RECORD.size + comment != len(blob):
-        if blob[:4] == b"PK\x03\x04" and end + _END_RECORD.size + comment > len(blob):
-            raise DataError("truncated", f"ends after {len(blob)} bytes, within the zip directory")
-        surplus = len(blob) - end - _END_RECORD.size - comment
+    surplus = len(blob) - end - _END_RECORD.size - comment
+    if surplus < 0 and blob.startswith(b"PK\x03\x04"):
+        raise DataError("truncated", f"ends after {len(blob)} bytes, within the zip directory")
+    if surplus:
         raise DataError("junk", f"{surplus} bytes follow the end of the zip archive")
     if blob[max(end - 20, 0) : end].startswith(b"PK\x06\x07"):
         directory_end, n_entries, size, start = _read_zip64_end(blob, end, (n_entries, size, start))
@@ -252,13 +260,12 @@ def _read_directory(blob: bytes) -> list[ZipEntry]:
         raise DataError("junk", f"{directory_end - start - size} bytes precede the zip archive")
     if n_entries > min(_MAX_ENTRIES, size // _DIRECTORY_ENTRY.size):
         raise _bad_zip(f"the directory lists {n_entries} entries")
-    entries, position = [], start
+    entries, begin, position = [], 0, start
     for _ in range(n_entries):
-        entry, position = _read_entry(blob, position, directory_end, entries[-1].next if entries else 0)
+        entry, position = _read_entry(blob, position, directory_end, begin)
+        begin = entry.next
         entries.append(entry)
-    if (
-        position != directory_end or (entries[-1].next if entries else 0) != start
-    ):  # no checksum would cover the bytes between
+    if position != directory_end or begin != start:  # no checksum would cover the bytes between
         raise _bad_zip("gaps around the directory")
     if len({entry.name for entry in entries}) < len(entries):
         raise _bad_zip("it has two arrays of one name")
@@ -301,10 +308,7 @@ def _read_entry(blob: bytes, position: int, end: int, begin: int) -> tuple[ZipEn
 def _read_local_header(blob: bytes, begin: int, entry: _Central, name: bytes) -> tuple[int, int]:
     """Compare the local header at `begin` with its directory entry.
 
-    Returns
-    -------
-    start, tail
-        Where the data begin, and the size of the descriptor that follows them, without its magic.
+    Return where the data begin, and the size of the descriptor that follows them, without its magic.
     """
     local = _Local(*_LOCAL_HEADER.unpack_from(blob, begin))
     name_end = begin + _LOCAL_HEADER.size + local.name_length
@@ -330,13 +334,15 @@ class _Layout(NamedTuple):
     content: bytes
     checksums: tuple[slice, slice]
     entry: ZipEntry
-    names: tuple[str, ...]
+    names: Names
 
 
-_layout_cache: dict[int, _Layout] = {}  # by file size: files of one writer and one size are laid out alike
+# By file size: files of one writer and one size are laid out alike. Sequences vary in length, and so in size.
+_layout_cache: dict[int, _Layout] = {}
+_MAX_LAYOUTS = 4096
 
 
-def _locate_features(blob: bytes, keys: tuple[str, ...]) -> tuple[ZipEntry, bytes | memoryview, tuple[str, ...]]:
+def _locate_features(blob: bytes, keys: Names) -> tuple[ZipEntry, Data, Names]:
     """Return the entry with the features, its data, and the names of all arrays; `keys` are the names it may have.
 
     The files of a set usually come from one program, so each is first compared with the last valid one of its size. If
@@ -349,21 +355,28 @@ def _locate_features(blob: bytes, keys: tuple[str, ...]) -> tuple[ZipEntry, byte
             entry = layout.entry._replace(crc=int.from_bytes(local, "little"))
             return entry, _extract(blob, entry), layout.names
     entries = _read_directory(blob)
-    (entry, data), names = _select_features(blob, entries, keys), tuple(entry.name for entry in entries)
+    entry, data = _select_features(blob, entries, keys)
+    names = tuple(entry.name for entry in entries)
     if len(entries) == 1 and entry.next == entry.stop:  # the common form: one array, no descriptor after its data
-        central = entry.stop + 16  # the CRC in the directory entry; in the local header it is at 14
-        segments = (slice(14), slice(18, entry.start), slice(entry.stop, central), slice(central + 4, None))
-        if len(_layout_cache) >= 4096:  # sequences vary in length, and so in size
+        local, central = slice(14, 18), slice(entry.stop + 16, entry.stop + 20)  # the CRC in both headers
+        segments = slice(14), slice(18, entry.start), slice(entry.stop, central.start), slice(central.stop, None)
+        if len(_layout_cache) >= _MAX_LAYOUTS:
             _layout_cache.clear()
-        checksums = (slice(14, 18), slice(central, central + 4))
-        _layout_cache[len(blob)] = _Layout(segments, b"".join(map(blob.__getitem__, segments)), checksums, entry, names)
+        content = b"".join([blob[segment] for segment in segments])
+        _layout_cache[len(blob)] = _Layout(segments, content, (local, central), entry, names)
     return entry, data, names
 
 
-def _extract(blob: bytes, entry: ZipEntry, limit: int = MAX_ARRAY_BYTES) -> bytes | memoryview:
-    """Return the data of an entry, inflated up to a limit and verified against the CRC."""
-    if entry.size > limit:
-        raise DataError("too-large", f"declares an array of {entry.size} bytes; the limit is {limit}")
+def _extract_all(blob: bytes, entries: list[ZipEntry], limit: int) -> dict[str, Data]:
+    """Return the data of all entries by name; together they may have at most `limit` bytes."""
+    total = sum(entry.size for entry in entries)
+    if total > limit:
+        raise DataError("too-large", f"declares arrays of {total} bytes; the limit is {limit}")
+    return {entry.name: _extract(blob, entry) for entry in entries}
+
+
+def _extract(blob: bytes, entry: ZipEntry) -> Data:
+    """Return the data of an entry, inflated and verified against the CRC."""
     data = memoryview(blob)[entry.start : entry.stop]
     data = _inflate(data, entry) if entry.method == _DEFLATED else data[: entry.size]
     if zlib.crc32(data) != entry.crc:
@@ -389,17 +402,21 @@ class Member(NamedTuple):
 
     name: str
     dtype: np.dtype
-    shape: tuple[int, ...]  # without leading axes of length 1
+    shape: Shape  # without leading axes of length 1
     is_one_hot: bool = False
 
     @classmethod
-    def of(cls, name: str, data: bytes | memoryview) -> "Member":
+    def of(cls, name: str, data: Data) -> "Member":
         """Describe the bytes of an array; anything else, such as a text file in the archive, counts as an object."""
         try:
             header, _ = stats.npy_header(data)
-            leading = next((axis for axis, extent in enumerate(header.shape) if extent != 1), len(header.shape))
-            shape = header.shape[leading:]
-            one_hot = len(shape) == 1 and header.dtype.kind in "fiub" and _is_one_hot(stats.npy_array(data, "fiub"))
+            shape = header.shape
+            while shape[:1] == (1,):
+                shape = shape[1:]
+            one_hot = False
+            if len(shape) == 1 and header.dtype.kind in "fiub":
+                array = stats.npy_array(data, "fiub")
+                one_hot = array.size > 1 and np.count_nonzero(array) == 1 and array.max() == 1
             return cls(name, header.dtype, shape, one_hot)
         except DataError:
             return cls(name, np.dtype(object), ())
@@ -422,14 +439,16 @@ class Member(NamedTuple):
         return math.prod(self.shape) <= _SHORT or self.is_one_hot
 
     @property
+    def is_label(self) -> bool:
+        return self.is_side and _is_named(self.name, f"{_EMOTIONS}|{_SPEAKERS}")
+
+    @property
     def rank(self) -> int:
         """Place in the order of known keys, whose last is shared by all names of encoders; beyond it for other keys."""
         name = self.name.lower().replace("-", "_")
-        return KEYS.index(name) if name in KEYS else len(KEYS) + (not _is_named(self.name, _ENCODERS))
-
-
-def _is_one_hot(array: np.ndarray) -> bool:
-    return array.size > 1 and np.count_nonzero(array) == 1 and array.max() == 1
+        if name in KEYS:
+            return KEYS.index(name)
+        return len(KEYS) if _is_named(self.name, _ENCODERS) else len(KEYS) + 1
 
 
 @functools.lru_cache(4096)
@@ -439,31 +458,28 @@ def _is_named(name: str, pattern: str) -> bool:
     return any(re.fullmatch(pattern, word, re.IGNORECASE) for word in (name, *words))
 
 
-def _select_features(
-    blob: bytes, entries: list[ZipEntry], keys: tuple[str, ...]
-) -> tuple[ZipEntry, bytes | memoryview]:
+def _select_features(blob: bytes, entries: list[ZipEntry], keys: Names) -> tuple[ZipEntry, Data]:
     """Choose the array with the features, one of `keys` if given, else by its name, type and size; return its data."""
     by_name = {entry.name: entry for entry in entries}
     for key in keys or KEYS[:4]:
         # Verify the CRC before using the dtype: one flipped bit turns '<f4' into another type, and another array would
         # be used in place of the damaged one.
         if key in by_name:
-            data = _extract(blob, by_name[key])
+            data = _extract_all(blob, [by_name[key]], MAX_ARRAY_BYTES)[key]
             if keys or Member.of(key, data).is_filled:
                 return by_name[key], data
     if keys:
         raise DataError("no-key", f"has no array {' or '.join(keys)}, but {', '.join(by_name) or 'none'}")
-    data_by_name = {entry.name: _extract(blob, entry) for entry in entries}
+    data_by_name = _extract_all(blob, entries, 2 * MAX_ARRAY_BYTES)
     members = [Member.of(name, data) for name, data in data_by_name.items()]
-    others = [
-        member for member in members if not (member.is_side and _is_named(member.name, f"{_EMOTIONS}|{_SPEAKERS}"))
-    ]
+    if not entries:
+        raise DataError("no-array", "contains no array")
+    others = [member for member in members if not member.is_label]
     if not others:
-        raise DataError("no-array", f"contains only labels: {', '.join(by_name)}" if entries else "contains no array")
+        raise DataError("no-array", f"contains only labels: {', '.join(by_name)}")
     large = [member for member in others if member.is_filled and not member.is_side]
-    candidates = [member for member in large if member.is_float]
-    best = min((member.rank for member in candidates), default=0)
-    candidates = [member for member in candidates if member.rank == best]
+    ranked = sorted((member for member in large if member.is_float), key=lambda member: member.rank)
+    candidates = [member for member in ranked if member.rank == ranked[0].rank]
     if not candidates and not any(member.dtype.kind in "iuc" for member in large):
         candidates = [member for member in others if member.is_float and member.shape]
     if len(candidates) > 1:
@@ -472,7 +488,7 @@ def _select_features(
     return by_name[chosen], data_by_name[chosen]
 
 
-def _load_array(path: str | Path, keys: tuple[str, ...]) -> tuple[np.ndarray, str, tuple[str, ...], int]:
+def _load_array(path: str | Path, keys: Names) -> tuple[Array, str, Names, int]:
     """Return the array with the features as it is stored, its name, the names of all arrays, and its CRC."""
     blob = stats.read_bytes(path, 2 * MAX_ARRAY_BYTES)
     if str(path)[-4:].lower() != NPY_KEY:
@@ -483,16 +499,13 @@ def _load_array(path: str | Path, keys: tuple[str, ...]) -> tuple[np.ndarray, st
     return stats.npy_array(blob), NPY_KEY, (), zlib.crc32(blob)
 
 
-def read_features(
-    path: str | Path, transpose: bool = False, nan_to_zero: bool = False, keys: tuple[str, ...] = ()
-) -> Features:
+def read_features(path: str | Path, transpose: bool = False, nan_to_zero: bool = False, keys: Names = ()) -> Features:
     """Read the features of one NPZ or NPY file strictly: headers are not trusted, and nothing is unpickled.
 
     Parameters
     ----------
     keys
-        Names of which the array must have one; empty to choose it by its name, type and size. The array of an NPY file
-        has no name.
+        Names of which the array must have one; empty to choose it by its name, type and size.
 
     Returns
     -------
@@ -513,41 +526,29 @@ def read_features(
     if stored.ndim > 2:
         expected = f"{stored.shape[0]} layers? expected (D,), (T, D) or (1, T, D)"
         raise DataError("bad-shape", f"its array has shape {shape}: {expected}")
-    array = _to_float32(stored.T if transpose and stored.ndim == 2 else stored)
-    array, square = _check_finite(array, nan_to_zero)
+    if transpose and stored.ndim == 2:
+        stored = stored.T
+    with np.errstate(over="ignore", invalid="ignore"):  # values beyond the range become Inf
+        array = stored.astype(np.float32, order="C")  # a copy, so that the bytes of the file can be freed
+        # The sum of squares is finite only if every value is; it is needed anyway, and is faster than np.isfinite.
+        square = float(array.reshape(-1).dot(array.reshape(-1)))
+    if not square < MAX_SQUARE:
+        array, square = _without_nan(array, nan_to_zero)
     flat = array.reshape(-1)
     if flat.size > 1 and flat[0] == flat[-1] and flat.min() == flat.max():  # the ends first: the rest takes longer
         raise DataError("constant", f"all {flat.size} values are {flat[0]:g}: the feature extraction failed")
-    rms = math.sqrt(square / flat.size)
-    bit_sum = int(flat.view(np.uint32).sum(dtype=np.uint64))
-    return Features(array, key, _dtype_name(stored.dtype), names, crc, rms, bit_sum, shape)
+    rms, bit_sum = math.sqrt(square / flat.size), int(flat.view(np.uint32).sum(dtype=np.uint64))
+    return Features(array, key, _dtype_name(stored.dtype), names, crc, rms, bit_sum, len(shape) > array.ndim)
 
 
 _dtype_name = functools.cache(lambda dtype: dtype.name)  # numpy builds the name at every access
 
 
-def _to_float32(stored: np.ndarray) -> np.ndarray:
-    """Copy to float32 and C order; values beyond the range become Inf. The copy lets the file's bytes be freed."""
-    if stored.dtype.itemsize <= 4:
-        return stored.astype(np.float32, order="C")
-    with np.errstate(over="ignore"):  # takes time, so only for types that can overflow
-        return stored.astype(np.float32, order="C")
+def _without_nan(array: Array, nan_to_zero: bool) -> tuple[Array, float]:
+    """Set NaN and Inf to zero, or reject them, and what overflows when squared, as training does with deviations.
 
-
-def _check_finite(array: np.ndarray, nan_to_zero: bool) -> tuple[np.ndarray, float]:
-    """Reject NaN and Inf, or set them to zero, and what overflows when squared, as training does with deviations.
-
-    Returns
-    -------
-    array, square
-        The float32 array and its sum of squares.
+    Return the array and its sum of squares.
     """
-    flat = array.reshape(-1)
-    # The sum of squares is finite only if every value is; it is needed anyway, and is faster than np.isfinite.
-    with np.errstate(over="ignore", invalid="ignore"):
-        square = float(flat.dot(flat))
-    if square < MAX_SQUARE:
-        return array, square
     bad = ~np.isfinite(array)
     if bad.any() and not nan_to_zero:
         first = tuple(int(index[0]) for index in np.nonzero(bad))
@@ -560,56 +561,52 @@ def _check_finite(array: np.ndarray, nan_to_zero: bool) -> tuple[np.ndarray, flo
     return array, square
 
 
-def read_arrays(path: str | Path, limit: int = 1 << 34, kinds: str = "f") -> dict[str, np.ndarray]:
-    """Read every array of an NPZ file of at most `limit` bytes, as strictly as `read_features`.
+def read_arrays(path: str | Path, limit: int = 1 << 34, kinds: str = "f") -> dict[str, Array]:
+    """Read every array of an NPZ file of at most `limit` bytes; see `parse_arrays`."""
+    return parse_arrays(stats.read_bytes(path, limit), limit, kinds)
 
-    `kinds` are the accepted kinds of numbers, in numpy's letters.
+
+def parse_arrays(
+    blob: bytes, limit: int = 1 << 34, kinds: str = "f", names: Iterable[str] | None = None
+) -> dict[str, Array]:
+    """Read every array of an NPZ file, as strictly as `read_features`.
+
+    Parameters
+    ----------
+    limit
+        Bytes to which all arrays together may be inflated.
+    kinds
+        Accepted kinds of numbers, in numpy's letters.
+    names
+        Names that the arrays must have, if given: otherwise none of them is read.
 
     Raises
     ------
     DataError
         For any problem with the file.
     """
-    return parse_arrays(stats.read_bytes(path, limit), limit, kinds)
-
-
-def parse_arrays(
-    blob: bytes, limit: int = 1 << 34, kinds: str = "f", names: Iterable[str] | None = None
-) -> dict[str, np.ndarray]:
-    """As `read_arrays`, from the bytes of the file; all arrays together may be inflated to at most `limit` bytes.
-
-    `names`, if given, are exactly those of the arrays: otherwise none of them is read.
-    """
     entries = _read_directory(blob)
-    total = sum(entry.size for entry in entries)
-    if total > limit:
-        raise DataError("too-large", f"declares arrays of {total} bytes; the limit is {limit}")
     if names is not None and {entry.name for entry in entries} != set(names):
         raise DataError("no-array", "does not hold the arrays that belong into it")
-    return {entry.name: stats.npy_array(_extract(blob, entry, limit), kinds) for entry in entries}
+    return {name: stats.npy_array(data, kinds) for name, data in _extract_all(blob, entries, limit).items()}
 
 
 # --- scanning a folder --------------------------------------------------------------------------------------------
 
+_DAMAGED = ("truncated", "bad-zip", "junk", "bad-crc", "size-mismatch", "bad-npy-header")
 #: What to do about each reason for leaving a file out. The finding itself describes what was found.
-REMEDIES = {
+REMEDIES = dict.fromkeys(_DAMAGED, "copy it again, or extract its features again") | {
     "unreadable": "check its owner and permissions, or what it links to",
     "io-error": "check the disk or the network drive, and copy the file again from its source",
     "not-a-file": "remove it",
     "too-large": "split the recording into utterances",
     "empty": "extract its features again",
-    "truncated": "copy it again, or extract its features again",
     "git-lfs": "fetch the real file",
     "not-npz": "write its features with np.savez(file, emb=array)",
     "pickle": "save plain float arrays with np.savez",
-    "bad-zip": "copy it again, or extract its features again",
-    "junk": "copy it again, or extract its features again",
     "encrypted": "save it without a password",
     "unknown-compression": "save it with np.savez",
-    "bad-crc": "copy it again, or extract its features again",
-    "size-mismatch": "copy it again, or extract its features again",
     "bomb": "do not trust its source",
-    "bad-npy-header": "copy it again, or extract its features again",
     "no-array": "write its features with np.savez(file, emb=array)",
     "several-arrays": "choose one with --key NAME",
     "no-key": "save it as in the other files, or choose another array with --key NAME",
@@ -645,7 +642,7 @@ NOTES = {
     "tails": "names of a corpus with a tail",
     "versions": "versions of a recording whose original is here too; they are for training only, and not scored",
     "same-recording": "files that seem to be of one recording; they stay on one side of the split, and all are counted",
-    "new-class": "classes that are made by --merge and are no known emotion",
+    "new-class": "targets of --merge that are no known emotion",
     "song": "sung, not spoken; published scores are usually for speech only",
     "known-damaged": "recordings of this corpus that are known to be damaged",
     "norm-outlier": "features with a much larger or smaller norm than the rest",
@@ -693,22 +690,19 @@ class ScanOptions:
         object.__setattr__(self, "merge", tuple(self.merge))  # argparse gives a list; the dataclass is frozen
         _parse_merges(self.merge)
         require(self.dim is None or 1 <= self.dim <= MAX_ARRAY_BYTES, "dim", "at least 1, and no more than a file has")
-        require(self.pattern != "", "pattern", "non-empty")
-        require(self.labels != "", "labels", "non-empty")
-        require(self.key != "", "key", "non-empty")
+        for name in ("pattern", "labels", "key", "folds"):
+            require(getattr(self, name) != "", name, "non-empty")
         require(not (self.pattern and self.labels), "pattern", "used without --labels")
         if self.corpus is not None:
             require_choice(self.corpus, "corpus", emotions.CORPORA)
-        require(self.folds != "", "folds", "non-empty")
         if self.folds not in FOLD_SCHEMES and not (re.fullmatch("[0-9]{1,9}", self.folds) and int(self.folds) > 1):
             known = f"{', '.join(FOLD_SCHEMES)}{suggest(self.folds, FOLD_SCHEMES)}"
             raise UsageError(f"--folds {self.folds!r} is not a fold scheme; use a number >= 2 or one of {known}")
-        require(
-            self.folds != "table" or bool(self.labels or self.pattern), "folds", "used with --labels if it is table"
-        )
+        given = bool(self.labels or self.pattern)
+        require(self.folds != "table" or given, "folds", "used with --labels if it is table")
         require(self.classes is None or bool(_parse_emotions(self.classes)), "classes", "a list like happy,sad,angry")
 
-    def read(self, path: str | Path, model_keys: tuple[str, ...] = ()) -> Features:
+    def read(self, path: str | Path, model_keys: Names = ()) -> Features:
         """Read a file with these options; --key overrides the keys of a model."""
         return read_features(path, self.transpose, self.nan_to_zero, (self.key,) if self.key else model_keys)
 
@@ -717,7 +711,7 @@ def _parse_emotions(text: str) -> list[str]:
     return [emotions.normalise_emotion(word) for word in text.split(",") if word.strip()]
 
 
-def _parse_merges(entries: tuple[str, ...]) -> dict[str, str]:
+def _parse_merges(entries: Names) -> dict[str, str]:
     """Parse entries such as `calm=neutral`."""
     valid = all(re.fullmatch(r"\s*[^=,\s]+\s*=\s*[^=,\s]+\s*", entry) for entry in entries)
     require(valid, "merge", "of the form calm=neutral")
@@ -746,6 +740,9 @@ class Finding(NamedTuple):
     reason: str
 
 
+Reasons = dict[str, Fault | None]  # by file; None for a file that is kept
+
+
 class Note(NamedTuple):
     """An observation about the data set; no file is left out because of it."""
 
@@ -757,14 +754,14 @@ class Note(NamedTuple):
 class Record:
     """A file that training can use."""
 
-    utterance: emotions.Utterance
-    labelled_by: str  # name, folder, pattern or table
-    shape: tuple[int, ...]  # of the array as read: (D,), (T, D) or (T * D,)
+    utterance: Utterance
+    shape: Shape  # of the array as read: (D,), (T, D) or (T * D,)
     key: str
     dtype: str
     crc: int
     rms: float
     bit_sum: int
+    has_leading_axis: bool = False
 
     @property
     def file(self) -> str:
@@ -781,16 +778,15 @@ class Scan:
     records: list[Record] = dataclasses.field(default_factory=list)
     findings: list[Finding] = dataclasses.field(default_factory=list)
     notes: list[Note] = dataclasses.field(default_factory=list)
-    features: list[np.ndarray] = dataclasses.field(default_factory=list)  # (T, D) for each record, or empty
+    features: list[Array] = dataclasses.field(default_factory=list)  # (T, D) for each record, or empty
     moments: stats.Moments | None = None  # of all frames of width D; None if they include outliers
     n_ignored: int = 0  # hidden and temporary files, and the results of runs
     n_excluded: int = 0  # by --classes
     n_versions: int = 0  # left out by --no-versions
-    n_leading_axis: int = 0
-    other_files: collections.Counter = dataclasses.field(default_factory=collections.Counter)  # by extension
-    other_arrays: collections.Counter = dataclasses.field(default_factory=collections.Counter)  # by name
+    other_files: Counter = dataclasses.field(default_factory=Counter)  # by extension
+    other_arrays: Counter = dataclasses.field(default_factory=Counter)  # by name
     recipes: dict[str, str] = dataclasses.field(default_factory=dict)  # lines that remedy findings, by code
-    keys: tuple[str, ...] = ()  # of a trained model; empty if any will do
+    keys: Names = ()  # of a trained model; empty if any will do
     stored: stats.Stored | None = None
     fingerprint: str = ""  # of the names and contents of the files that are used
     reshapes_vectors: bool = False  # whether flat vectors of T * D values are reshaped to (T, D)
@@ -799,20 +795,40 @@ class Scan:
     def n_files(self) -> int:
         return len(self.records) + len(self.findings) + self.n_excluded + self.n_versions
 
-    def count(self, field: str) -> dict[str, int]:
-        """Count utterances by one field of `Utterance`; emotions are in the order of the vocabulary."""
-        counts = collections.Counter(getattr(record.utterance, field) for record in self.records)
+    def read_again(self, record: Record) -> Array:
+        """The frames of a file, (T, D): features need not be kept."""
+        try:
+            return self.options.read(self.directory / record.file).array.reshape(-1, self.dim)
+        except DataError as error:
+            raise UsageError(f"{record.file}: was changed during the scan: {error.reason}; start again") from None
+
+    @property
+    def utterances(self) -> list[Utterance]:
+        return [record.utterance for record in self.records]
+
+    def count(self, field: str) -> dict[Any, int]:
+        """Count files by one field of `Record` or `Utterance`, sorted; emotions are in the order of the vocabulary."""
+        owners = self.records if field in Record.__slots__ else self.utterances
+        counts = Counter(getattr(owner, field) for owner in owners)
         order = {word: index for index, word in enumerate(emotions.EMOTIONS)}
         return {key: counts[key] for key in sorted(counts, key=lambda key: (order.get(key, len(order)), key or ""))}
 
     def keys_used(self) -> dict[str, int]:
-        """Count the files by the name of the array with the features; an NPY file has none."""
-        keys = collections.Counter(record.key for record in self.records if record.key != NPY_KEY)
-        return dict(keys.most_common())
+        """Count the files by the name of the array with the features, the largest first; an NPY file has none."""
+        return {key: files for key, files in Counter(self.count("key")).most_common() if key != NPY_KEY}
+
+    def labelled_by(self) -> dict[str, int]:
+        """Count the files by the source of their label: name, folder, pattern or table."""
+        sources = {"folder": "folder", "own": "table" if self.options.labels else "pattern"}
+        return dict(Counter(sources.get(record.utterance.corpus, "name") for record in self.records))
 
     def left_out(self) -> dict[str, int]:
         """Count the files that are left out, by code."""
-        return dict(sorted(collections.Counter(finding.code for finding in self.findings).items()))
+        return dict(sorted(Counter(finding.code for finding in self.findings).items()))
+
+    @property
+    def has_user_statistics(self) -> bool:
+        return self.stored is not None and self.stored.user_supplied
 
     @property
     def statistics_are_stale(self) -> bool:
@@ -822,19 +838,21 @@ class Scan:
     @functools.cached_property
     def folds(self) -> "Folds | UsageError":
         """The folds that train.py will use, or the reason why there are none."""
-        classes = list(self.count("emotion"))
-        utterances = [record.utterance for record in self.records]
+        classes, utterances = list(self.count("emotion")), self.utterances
         try:
             return assign_folds(self.options, utterances, np.array([classes.index(u.emotion) for u in utterances]))
         except UsageError as error:
             return error
 
-    def leave_out(self, reasons: dict[str, tuple[str, str]]) -> None:
-        """Move files from the records to the findings; `reasons` maps file names to code and reason."""
-        kept = [index for index, record in enumerate(self.records) if record.file not in reasons]
-        self.findings += [Finding(file, code, reason) for file, (code, reason) in reasons.items()]
+    def leave_out(self, reasons: Reasons) -> list[Finding]:
+        """Move the files for which there is a reason from the records to the findings; return their findings."""
+        left_out = [Finding(file, *reason) for file, reason in reasons.items() if reason]
+        files = {finding.file for finding in left_out}
+        kept = [index for index, record in enumerate(self.records) if record.file not in files]
+        self.findings += left_out
         self.features = [self.features[index] for index in kept] if self.features else []
         self.records = [self.records[index] for index in kept]
+        return left_out
 
 
 def printable(name: str) -> str:
@@ -906,29 +924,23 @@ def holds_features(folder: Path, subfolders: bool = True) -> bool:
 # --- labels ---
 
 
-class Labelled(NamedTuple):
-    """A labelled file."""
-
-    utterance: emotions.Utterance
-    source: str  # of the emotion: name, folder, pattern or table
+Label = Utterance | DataError  # the error is the reason why a file has no label
 
 
-def _label_files(files: list[str], options: ScanOptions) -> list[Labelled | DataError]:
-    """Label each file by the user's table or pattern, or else by its name and folders."""
+def _label_files(files: list[str], options: ScanOptions, model_merge: Names = ()) -> list[Label]:
+    """Label each file by the user's table or pattern, or else by its name and folders; then apply merges and choice."""
     if options.labels:
         labels = list(_label_by_table(files, Path(options.labels)))
     elif options.pattern:
         labels = list(_label_by_pattern(files, options.pattern))
     else:
         labels = list(map(_label_by_name, files, emotions.parse_names(files, options.corpus)))
-    places = [place for place, label in enumerate(labels) if isinstance(label, Labelled)]
-    for place, utterance in zip(places, emotions.find_versions(labels[place].utterance for place in places)):
-        if utterance is not labels[place].utterance:
-            labels[place] = labels[place]._replace(utterance=utterance)
-    return labels
+    utterances = emotions.find_versions(label for label in labels if not isinstance(label, DataError))
+    utterances = iter(_choose_emotions(utterances, options, model_merge))
+    return [label if isinstance(label, DataError) else next(utterances) for label in labels]
 
 
-def _label_by_name(file: str, parsed: emotions.Utterance | ValueError) -> Labelled | DataError:
+def _label_by_name(file: str, parsed: Utterance | ValueError) -> Label:
     folders = file.split(os.sep)[-2::-1]  # innermost first; pathlib would take longer than reading the file
     by_folder = next((word for folder in folders if (word := emotions.folder_emotion(folder))), None)
     # An ambiguous name is an error even in an emotion-named folder: it contains a speaker, who must not get lost.
@@ -939,15 +951,15 @@ def _label_by_name(file: str, parsed: emotions.Utterance | ValueError) -> Labell
             folder = file.rpartition(os.sep)[0]
             unknown = f", and its folder {folder!r} is not named like a known emotion" if folder else ""
             return DataError("unknown-name", f"{parsed}{unknown}")
-        return Labelled(emotions.Utterance(file, "folder", by_folder, speaker=None), "folder")
+        return Utterance(file, "folder", by_folder, speaker=None)
     if parsed.modality == "video":
         return DataError("video-only", "is video without sound, according to its name")
     if by_folder not in (None, parsed.emotion):
         return DataError("label-conflict", f"is labelled {parsed.emotion} by its name, but {by_folder} by its folder")
-    return Labelled(parsed, "name")
+    return parsed
 
 
-def _label_by_pattern(files: list[str], text: str) -> Iterator[Labelled | DataError]:
+def _label_by_pattern(files: list[str], text: str) -> Iterator[Label]:
     try:
         pattern = re.compile(text)
     except (re.error, OverflowError, RecursionError) as error:
@@ -960,7 +972,7 @@ def _label_by_pattern(files: list[str], text: str) -> Iterator[Labelled | DataEr
         if match and match["emotion"]:
             fields = match.groupdict()
             emotion, speaker = fields.pop("emotion"), fields.pop("speaker", None)
-            yield Labelled(emotions.custom_utterance(file, emotion, speaker, fields), "pattern")
+            yield emotions.custom_utterance(file, emotion, speaker, fields)
         else:
             yield DataError("unknown-name", f"{stem!r} does not match --pattern")
 
@@ -991,17 +1003,17 @@ def _read_table(name: str, table: Path) -> dict[str, dict[str, str]]:
     titles = [title.strip().casefold() for title in found]
     columns = {}
     for field, known in _COLUMNS.items():
-        columns[field] = next((titles.index(title) for title in known if title in titles), -1)
-    if min(columns["file"], columns["emotion"]) < 0:
+        columns[field] = next((titles.index(title) for title in known if title in titles), None)
+    if columns["file"] is None or columns["emotion"] is None:
         needed = "file (or path, filename, name) and emotion (or label), and if known, speaker and split (or fold)"
-        shown = printable(", ".join(found)) or "none"
-        raise UsageError(f"{name}: needs a header line with the columns {needed}; found: {shown}")
+        raise UsageError(f"{name}: needs a header line with the columns {needed}; found: {', '.join(found) or 'none'}")
     lines: dict[str, dict[str, str]] = {}
     for row in rows:
-        line = {field: row[place].strip() if 0 <= place < len(row) else "" for field, place in columns.items()}
+        cells = dict(enumerate(row))  # a row may be short
+        line = {field: cells.get(place, "").strip() for field, place in columns.items()}
         key = _table_key(line.pop("file"))
         if lines.setdefault(key, line) != line:
-            raise UsageError(f"{name}: has two different lines for {printable(key)}")
+            raise UsageError(f"{name}: has two different lines for {key}")
     return lines
 
 
@@ -1018,8 +1030,8 @@ def _endings(path: str) -> Iterator[str]:
 
 
 def _match_paths(paths: Iterable[str], others: Iterable[str]) -> dict[str, list[str]]:
-    """For each path, the others that have the longest ending in common with it, in whole parts."""
-    paths, by_ending = list(paths), collections.defaultdict(list)
+    """For each path, the same one among the others, or those that have the longest ending in common with it."""
+    by_ending = defaultdict(list)
     for other in others:
         for ending in _endings(other):
             by_ending[ending].append(other)
@@ -1030,84 +1042,78 @@ def _match_paths(paths: Iterable[str], others: Iterable[str]) -> dict[str, list[
     return matches
 
 
-def _other_side(line: str, path: str) -> bool:
-    """Whether the folders are of different sides of a split: MELD has other recordings of the same name in each."""
-    sides = [set(re.findall(r"(?:^|/)(train|dev|val|test)[^/]*(?=/)", each.casefold())) for each in (line, path)]
-    return all(sides) and sides[0].isdisjoint(sides[1])
+def _side(path: str) -> set[str]:
+    """The sides of a split that the folders of a path are named after."""
+    return set(re.findall(r"(?:^|/)(train|dev|val|test)[^/]*(?=/)", path.casefold()))
 
 
-def _label_by_table(files: list[str], table: Path) -> Iterator[Labelled | DataError]:
+def _label_by_table(files: list[str], table: Path) -> Iterator[Label]:
     """Label files by the lines of a table whose path is the same or ends alike, such as that of another machine."""
-    name = printable(str(table))
+    name = str(table)
     lines = _read_table(name, table)
     keys = {file: _table_key(file.replace(os.sep, "/")) for file in files}
     lines_of = _match_paths(keys.values(), lines)
     files_of = _match_paths(lines, keys.values())
     if files and lines and not any(lines_of.values()):
-        pair = f"{printable(next(iter(lines)))!r} in the table with {printable(files[0])!r} in the folder"
-        raise UsageError(f"{name}: no line fits a file; compare {pair}")
+        first = next(iter(lines))
+        raise UsageError(f"{name}: no line fits a file; compare {first!r} in the table with {files[0]!r} in the folder")
+    fault = functools.partial(DataError, "not-in-table")
     for file, key in keys.items():
-        found = lines_of[key]
-        rivals = [other for other in files_of[found[0]] if other != key] if found else []
-        if not found:
-            yield DataError("not-in-table", f"has no line in {name}")
-        elif len(found) > 1:
-            yield DataError("not-in-table", f"fits the lines {found[0]} and {found[1]} of {name}")
-        elif _other_side(found[0], key):
-            yield DataError("not-in-table", f"the line {found[0]} of {name} is of another side")
+        if not lines_of[key]:
+            yield fault(f"has no line in {name}")
+            continue
+        path, *more = lines_of[key]
+        emotion, speaker, split = lines[path].values()
+        rivals = [other for other in files_of[path] if other != key]
+        side_of_line, side_of_file = _side(path), _side(key)
+        if more:
+            yield fault(f"fits the lines {path} and {more[0]} of {name}")
+        # MELD has other recordings of the same name on each side.
+        elif side_of_line and side_of_file and side_of_line.isdisjoint(side_of_file):
+            yield fault(f"the line {path} of {name} is of another side")
         elif rivals:
-            yield DataError("not-in-table", f"the line {found[0]} of {name} fits it and {rivals[0]}")
-        elif emotions.is_unknown(lines[found[0]]["emotion"]):
-            unknown = lines[found[0]]["emotion"]
-            yield DataError("not-in-table", f"has {f'{unknown!r} as' if unknown else 'no'} emotion in {name}")
+            yield fault(f"the line {path} of {name} fits it and {rivals[0]}")
+        elif not emotion:
+            yield fault(f"has no emotion in {name}")
+        elif emotions.is_unknown(emotion):
+            yield fault(f"has {emotion!r} as emotion in {name}")
         else:
-            emotion, speaker, split = lines[found[0]].values()
-            utterance = emotions.custom_utterance(file, emotion, speaker, {"split": split or None})
-            yield Labelled(utterance, "table")
+            yield emotions.custom_utterance(file, emotion, speaker, {"split": split or None})
 
 
-class EmotionFilter:
-    """Applies the merges of a model, --merge and --classes: returns the emotion to use, or None if it is excluded."""
+def _merge_chain(emotion: str, merges: dict[str, str]) -> list[str]:
+    """The emotion and all that it becomes in turn: calm=neutral and neutral=other make calm other."""
+    chain = [emotion]
+    while chain[-1] in merges:
+        chain.append(merges[chain[-1]])
+        if chain[-1] in chain[:-1]:
+            raise UsageError(f"--merge goes in a circle: {' = '.join(chain)}")
+    return chain
 
-    def __init__(self, options: ScanOptions, model_merge: tuple[str, ...] = ()):
-        merges = _parse_merges(options.merge)
-        self.merges = _parse_merges(model_merge) | merges  # the options override the model
-        for emotion in self.merges:
-            self._merged(emotion)  # raises now, and not only once a file has it
-        self.classes = None if options.classes is None else _parse_emotions(options.classes)
-        self.requested = (*merges, *(self.classes or ()))
-        self.targets = set(merges.values())
-        self.found: set[str] = set()  # in the files
 
-    def __call__(self, emotion: str) -> str | None:
-        self.found.add(emotion)
-        merged = self._merged(emotion)[-1]
-        return merged if self.classes is None or merged in self.classes else None
-
-    def _merged(self, emotion: str) -> list[str]:
-        """The emotion and all that it becomes in turn: calm=neutral and neutral=other make calm other."""
-        chain = [emotion]
-        while chain[-1] in self.merges:
-            chain.append(self.merges[chain[-1]])
-            if chain[-1] in chain[:-1]:
-                raise UsageError(f"--merge goes in a circle: {printable(' = '.join(chain))}")
-        return chain
-
-    def new_classes(self) -> list[str]:
-        """The targets of --merge that are neither known emotions nor in the files."""
-        return sorted(word for word in self.targets - self.found if not emotions.emotion_word(word))
-
-    def check_requested(self) -> None:
-        """Raise a UsageError if the user requested an emotion that no file has; a typo would have no effect."""
-        seen = sorted({word for emotion in self.found for word in self._merged(emotion)})
-        unknown = [word for word in self.requested if word not in seen]
-        if unknown:
-            found = printable(", ".join(seen)) or "none"
-            closest = printable(suggest(unknown[0], seen))
-            raise UsageError(f"no file has the emotion {printable(', '.join(unknown))}; found: {found}{closest}")
-        for word in self.new_classes():
-            if closest := suggest(word, [*emotions.VOCABULARY, *self.found]):
-                raise UsageError(f"--merge: {printable(word)!r} is not a known emotion{printable(closest)}")
+def _choose_emotions(utterances: list[Utterance], options: ScanOptions, model_merge: Names) -> list[Utterance]:
+    """Apply the merges of a model, --merge and --classes, in place; the emotion is None where it is excluded."""
+    requested = _parse_merges(options.merge)
+    merges = _parse_merges(model_merge) | requested  # the options override the model
+    classes = None if options.classes is None else _parse_emotions(options.classes)
+    found = {utterance.emotion for utterance in utterances}
+    chains = {emotion: _merge_chain(emotion, merges) for emotion in (*merges, *found)}
+    seen = sorted({word for emotion in found for word in chains[emotion]})
+    unknown = [word for word in (*requested, *(classes or ())) if word not in seen]
+    if unknown:  # a typo would have no effect
+        listed, closest = ", ".join(seen) or "none", suggest(unknown[0], seen)
+        raise UsageError(f"no file has the emotion {', '.join(unknown)}; found: {listed}{closest}")
+    known = {*emotions.VOCABULARY, *found}
+    for word in sorted(set(requested.values()) - known):
+        if closest := suggest(word, sorted(known)):
+            raise UsageError(f"--merge: {word!r} is not a known emotion{closest}")
+    for place, utterance in enumerate(utterances):
+        emotion = chains[utterance.emotion][-1]
+        if classes is not None and emotion not in classes:
+            emotion = None
+        if emotion != utterance.emotion:
+            utterances[place] = dataclasses.replace(utterance, emotion=emotion)
+    return utterances
 
 
 # --- the width D of the features ---
@@ -1116,56 +1122,58 @@ class EmotionFilter:
 # 1536). It is reshaped only if D is known from elsewhere: --dim, statistics files, or sequences in the folder.
 
 
-def _confirms_width(shapes: collections.Counter, width: int) -> bool:
+def _confirms_width(shapes: Counter, width: int) -> bool:
     """Whether `shapes` (number of files by shape) is evidence that flat vectors are sequences of this width."""
     # Flat sequences vary in length; vectors of an encoder do not, and must not be reshaped because of one odd file. So
     # there must be as many sequences as vectors of any one length, or no length with half of the vectors.
-    n_sequences = sum(files for shape, files in shapes.items() if len(shape) == 2 and shape[1] == width)
-    flat = [files for shape, files in shapes.items() if len(shape) == 1 and shape[0] != width]
-    return width > 1 and n_sequences > 0 and (n_sequences >= max(flat, default=0) or 2 * max(flat) < sum(flat))
+    n_sequences, flat = 0, [0]
+    for shape, files in shapes.items():
+        if len(shape) == 1 and shape != (width,):
+            flat.append(files)
+        elif len(shape) == 2 and shape[1] == width:
+            n_sequences += files
+    if width == 1 or n_sequences == 0:
+        return False
+    return n_sequences >= max(flat) or 2 * max(flat) < sum(flat)
 
 
-def _majority_width(shapes: collections.Counter) -> int | None:
+def _majority_width(shapes: Counter) -> int | None:
     """The width D that most files fit, given the number of files of each shape."""
     # If only the second axis varies, the arrays are (D, T): return D, so that they are reported as transposed.
     first_axes = {shape[0] for shape in shapes}
     if len(shapes) > 2 and len(first_axes) == 1 and all(len(shape) == 2 for shape in shapes):
         return first_axes.pop()
-    votes = collections.Counter()
+    fitting = {}
     for width in {shape[-1] for shape in shapes}:
-        confirmed = _confirms_width(shapes, width)
-        for shape, files in shapes.items():
-            votes[width] += files * (shape[-1] == width or (confirmed and len(shape) == 1 and shape[0] % width == 0))
-    (width, files), *others = votes.most_common(2) or [(None, 0)]
-    if others and others[0][1] == files:  # a guess could leave out the wrong half
-        tied = " and ".join(str(width) for width, count in sorted(votes.items()) if count == files)
-        raise UsageError(f"equally many files have width {tied}; choose one with --dim")
-    return width
+        reshapes = _confirms_width(shapes, width)
+        fitting[width] = sum(files for shape, files in shapes.items() if not width_fault(shape, width, reshapes))
+    most = max(fitting.values(), default=0)
+    widths = sorted(width for width, files in fitting.items() if files == most)
+    if len(widths) > 1:  # a guess could leave out the wrong half
+        raise UsageError(f"equally many files have width {' and '.join(map(str, widths))}; choose one with --dim")
+    return widths[0] if widths else None
 
 
-def _statistics_width(result: Scan, options: ScanOptions) -> int | None:
+def _statistics_width(result: Scan, shapes: Counter) -> int | None:
     """The width given by the user's statistics files; those that a run has saved bind nothing."""
-    if result.stored is None or not result.stored.user_supplied:
+    if not result.has_user_statistics:
         return None
-    width = result.stored.statistics.mean.size
-    if options.dim not in (None, width):
-        raise _statistics_conflict(width, f"--dim is {options.dim}")
-    shapes = {record.shape for record in result.records}
-    if len(shapes) == 1 and len(result.records) > 1 and options.dim is None:
-        (shape,) = shapes
-        # Vectors of equal length are not sequences, even if the width divides that length.
-        if len(shape) == 1 and shape[0] != width:
-            raise _statistics_conflict(width, f"the files have shape {shape}")
+    width, dim = result.stored.statistics.mean.size, result.options.dim
+    found = f"{stats.MEAN_FILE} has {width} values, but"
+    if dim not in (None, width):
+        raise DataError("bad-statistics", f"{found} --dim is {dim}")
+    # Vectors of equal length are not sequences, even if the width divides that length.
+    reshapes = dim is not None or len(shapes) > 1 or shapes.total() == 1
+    if shapes and all(width_fault(shape, width, reshapes) for shape in shapes):
+        raise DataError("bad-statistics", f"{found} the files have shape {max(shapes, key=shapes.get)}")
     return width
 
 
-def _statistics_conflict(width: int, other: str) -> DataError:
-    return DataError("bad-statistics", f"{stats.MEAN_FILE} has {width} values, but {other}")
-
-
-def width_fault(shape: tuple[int, ...], dim: int, reshapes_vectors: bool) -> tuple[str, str] | None:
+def width_fault(shape: Shape, dim: int, reshapes_vectors: bool) -> Fault | None:
     """Code and reason if an array of this shape does not fit the width `dim`, else None."""
-    if shape[-1] == dim or (reshapes_vectors and len(shape) == 1 and shape[0] % dim == 0):
+    if shape[-1] == dim:
+        return None
+    if reshapes_vectors and len(shape) == 1 and shape[0] % dim == 0:
         return None
     if len(shape) == 2 and shape[0] == dim:
         return "transposed", f"shape {shape} looks like (D, T), not (T, D)"
@@ -1180,9 +1188,9 @@ class Scale(NamedTuple):
     """Typical size of the features, for files whose values are absurdly large or small."""
 
     rms: float  # root mean square of a file
-    dimensions: np.ndarray  # size of the values of each dimension, (D,)
+    dimensions: Array  # size of the values of each dimension, (D,)
 
-    def fault(self, frames: np.ndarray, rms: float) -> tuple[str, str] | None:
+    def fault(self, frames: Array, rms: float) -> Fault | None:
         """Code and reason if frames, (T, D), with this RMS differ from the typical size by a factor of 1000."""
         if _is_near(rms, self.rms):
             return None
@@ -1197,6 +1205,7 @@ class Scale(NamedTuple):
 # --- files that are not the features of one utterance ---
 
 Arrays = dict[str, Member]  # by the Python expression that loads them
+Explanation = tuple[str, str]  # the reason, and the lines of Python that make what is needed
 
 
 def _first(arrays: Arrays, names: str, accept: Callable[[Member], bool] = bool) -> str | None:
@@ -1204,12 +1213,16 @@ def _first(arrays: Arrays, names: str, accept: Callable[[Member], bool] = bool) 
     return next((load for load, member in arrays.items() if _is_named(member.name, names) and accept(member)), None)
 
 
-def _find_statistics(arrays: Arrays) -> dict | None:
+def _explain_statistics(arrays: Arrays, folder: str, stem: str) -> Explanation | None:
     mean, std = (_first(arrays, names, lambda member: member.is_float) for names in (_MEANS, _DEVIATIONS))
-    return {"mean": mean, "std": std} if mean and std and arrays[mean].shape == arrays[std].shape else None
+    if not mean or not std or arrays[mean].shape != arrays[std].shape:
+        return None
+    recipe = f"""np.save({folder!r} + "/wav2vec_mean.npy", {mean})
+np.save({folder!r} + "/wav2vec_std.npy", {std})"""
+    return "looks like statistics", recipe
 
 
-def _find_rows(arrays: Arrays) -> dict | None:
+def _explain_rows(arrays: Arrays, folder: str, stem: str) -> Explanation | None:
     """Rows of features, and as many labels, and speakers if there are any."""
     for load, rows in arrays.items():
         if len(rows.shape) < 2 or not rows.is_float or _is_named(rows.name, _EMOTIONS):
@@ -1220,78 +1233,75 @@ def _find_rows(arrays: Arrays) -> dict | None:
         columns.pop(speaker, None)
         label = _first(columns, _EMOTIONS) or _first(as_many, _EMOTIONS)
         label = label or _first(columns, ".*", lambda member: member.dtype.kind in "SUO")
-        if label:
-            one_hot = ".argmax(1)" * (len(arrays[label].shape) == 2)
-            found = {"emotion": label + one_hot} | ({"speaker": speaker} if speaker else {})
-            pickled = "; save the labels with .astype(str), not pickled" * arrays[label].dtype.hasobject
-            return {
-                "n": rows.shape[0],
-                "advice": pickled + "; without speakers only a random split is possible" * (not speaker),
-                "names": ", ".join(found),
-                "loads": ", ".join((load, *found.values())),
-                "stem": "-".join(f"{{{name}}}" for name in found),
-                "pattern": "-".join(f"(?P<{name}>.+)" for name in found),
-            }
+        if not label:
+            continue
+        reason = f"{rows.shape[0]} rows and {rows.shape[0]} labels: one file for a whole set"
+        if arrays[label].dtype.hasobject:
+            reason += "; save the labels with .astype(str), not pickled"
+        loads = {"emotion": f"{label}.argmax(1)" if len(arrays[label].shape) == 2 else label}
+        if speaker:
+            loads["speaker"] = speaker
+        else:
+            reason += "; without speakers only a random split is possible"
+        recipe = f"""os.makedirs("split", exist_ok=True)
+for n, (row, {", ".join(loads)}) in enumerate(zip({", ".join((load, *loads.values()))})):
+    np.savez(f"split/{"-".join(f"{{{name}}}" for name in loads)}-{{n:05d}}-{stem}.npz", emb=row)
+# then: python check_data.py split --pattern '{"-".join(f"(?P<{name}>.+)" for name in loads)}-[0-9]+-.*'"""
+        return reason, recipe
     return None
 
 
-def _find_recordings(arrays: Arrays) -> dict | None:
+def _explain_recordings(arrays: Arrays, folder: str, stem: str) -> Explanation | None:
     """Many arrays of one width, named after their recordings."""
-    widths = collections.Counter(member.shape[-1] for member in arrays.values() if member.is_float and member.shape)
+    widths = Counter(member.shape[-1] for member in arrays.values() if member.is_float and member.shape)
     n = max(widths.values(), default=0)
-    return {"n": n, "archive": next(iter(arrays)).partition("[")[0]} if n >= max(_MANY, len(arrays) / 2) else None
+    if n < max(_MANY, len(arrays) / 2):
+        return None
+    recipe = f"""os.makedirs("split", exist_ok=True)
+for name, array in {next(iter(arrays)).partition("[")[0]}.items():
+    np.savez(f"split/{{name}}.npz", emb=array)
+# then: python check_data.py split"""
+    return f"{n} arrays of one width: one file for a whole set", recipe
 
 
-def _find_label(arrays: Arrays) -> dict | None:
+def _explain_label(arrays: Arrays, folder: str, stem: str) -> Explanation | None:
     """Features with their own label beside them."""
     small = {load: member for load, member in arrays.items() if member.is_filled and member.is_side}
     label, speaker = (_first(small, names, lambda m: not m.shape or m.is_one_hot) for names in (_EMOTIONS, _SPEAKERS))
     if not label or not _first(arrays, ".*", lambda member: member.is_float and not member.is_side):
         return None
-    value = ".argmax()" if small[label].shape else ""
-    cells = [f"data[{small[label].name!r}]{value}.astype(str).item()"]
-    cells.append(f"data[{small[speaker].name!r}].astype(str).item()" if speaker else "''")
-    return {"names": " and ".join(small[load].name for load in (label, speaker) if load), "cells": ", ".join(cells)}
-
-
-def _find_pickles(arrays: Arrays) -> dict | None:
-    return {"n": len(arrays)} if all(member.dtype.hasobject for member in arrays.values()) else None
-
-
-STATISTICS_RECIPE = """np.save({folder!r} + "/wav2vec_mean.npy", {mean})
-np.save({folder!r} + "/wav2vec_std.npy", {std})"""
-ROWS_RECIPE = """os.makedirs("split", exist_ok=True)
-for n, (row, {names}) in enumerate(zip({loads})):
-    np.savez(f"split/{stem}-{{n:05d}}-{file}.npz", emb=row)
-# then: python check_data.py split --pattern '{pattern}-[0-9]+-.*'"""
-RECORDINGS_RECIPE = """os.makedirs("split", exist_ok=True)
-for name, array in {archive}.items():
-    np.savez(f"split/{{name}}.npz", emb=array)
-# then: python check_data.py split"""
-LABELS_RECIPE = """folder, lines = pathlib.Path({folder!r}), [["file", "emotion", "speaker"]]
+    found = [small[load] for load in (label, speaker) if load]
+    value = ".argmax()" if found[0].shape else ""
+    cells = [f"data[{found[0].name!r}]{value}.astype(str).item()", "''"]
+    if speaker:
+        cells[1] = f"data[{found[1].name!r}].astype(str).item()"
+    recipe = f"""folder, lines = pathlib.Path({folder!r}), [["file", "emotion", "speaker"]]
 for path in folder.rglob("*.npz"):
     data = np.load(path)
-    lines.append([path.relative_to(folder), {cells}])
+    lines.append([path.relative_to(folder), {", ".join(cells)}])
 csv.writer(open("labels.csv", "w", newline="")).writerows(lines)
 # then add --labels labels.csv"""
-#: Code, how such a file is recognised, what it is, and the lines of Python that turn it into what is needed.
+    return f"its labels are inside: {' and '.join(member.name for member in found)}", recipe
+
+
+#: For each code, the function that recognises such files.
 CONTENTS = (
-    ("statistics-file", _find_statistics, "looks like statistics", STATISTICS_RECIPE),
-    ("whole-set", _find_rows, "{n} rows and {n} labels: one file for a whole set{advice}", ROWS_RECIPE),
-    ("whole-set", _find_recordings, "{n} arrays of one width: one file for a whole set", RECORDINGS_RECIPE),
-    ("labels-inside", _find_label, "its labels are inside: {names}", LABELS_RECIPE),
-    ("pickle", _find_pickles, "holds pickled Python objects, which can run code and are never loaded", ""),
+    ("statistics-file", _explain_statistics),
+    ("whole-set", _explain_rows),
+    ("whole-set", _explain_recordings),
+    ("labels-inside", _explain_label),
 )
 
 
 def _load_members(path: Path) -> Arrays:
     """Describe the arrays of a file; empty if it cannot be read."""
-    load = f"np.load({printable(str(path))!r})"
+    load = f"np.load({str(path)!r})"
     try:
         blob = stats.read_bytes(path, 2 * MAX_ARRAY_BYTES)
         if path.suffix.lower() == NPY_KEY:
             return {load: Member.of(path.stem, blob)}
-        return {f"{load}[{e.name!r}]": Member.of(e.name, _extract(blob, e)) for e in _read_directory(blob)}
+        data_by_name = _extract_all(blob, _read_directory(blob), 2 * MAX_ARRAY_BYTES)
+        return {f"{load}[{name!r}]": Member.of(name, data) for name, data in data_by_name.items()}
     except DataError:
         return {}
 
@@ -1301,16 +1311,19 @@ def _explain_contents(result: Scan) -> None:
     unknown = [finding.file for finding in result.findings if finding.code in ("unknown-name", "not-in-table")]
     bare = [file for file in unknown if file.lower().endswith(NPY_KEY)]
     groups = [[file] for file in unknown if not file.lower().endswith(NPY_KEY)]
-    groups += [bare] * (len(bare) < _MANY)  # they may belong together, such as X.npy and y.npy
+    if 0 < len(bare) < _MANY:
+        groups.append(bare)  # they may belong together, such as X.npy and y.npy
     explained = {}
     for files in groups:
         arrays = {load: member for file in files for load, member in _load_members(result.directory / file).items()}
-        for code, find, reason, recipe in CONTENTS:
-            found = find(arrays)
-            if arrays and found:
-                names = {"folder": printable(str(result.directory)), "file": re.sub(r"\W", "_", Path(files[0]).stem)}
-                result.recipes.setdefault(code, recipe.format(**names, **found))
-                explained |= {file: Finding(file, code, reason.format(**found)) for file in files}
+        if arrays and all(member.dtype.hasobject for member in arrays.values()):
+            explained |= {file: Finding(file, "pickle", _PICKLED) for file in files}
+        folder, stem = str(result.directory), re.sub(r"\W", "_", Path(files[0]).stem)
+        for code, explain in CONTENTS:
+            if explanation := explain(arrays, folder, stem):
+                reason, recipe = explanation
+                result.recipes.setdefault(code, recipe)
+                explained |= {file: Finding(file, code, reason) for file in files}
                 break
     result.findings = [explained.get(finding.file, finding) for finding in result.findings]
 
@@ -1327,7 +1340,7 @@ class Arena:
     def __init__(self):
         self._block, self._used = np.empty(0, np.float32), 0
 
-    def store(self, array: np.ndarray) -> np.ndarray:
+    def store(self, array: Array) -> Array:
         if self._used + array.size > self._block.size:
             self._block, self._used = np.empty(max(array.size, 1 << 24), np.float32), 0  # 64 MiB or more
         copy = self._block[self._used : self._used + array.size].reshape(array.shape)
@@ -1336,7 +1349,7 @@ class Arena:
         return copy
 
 
-Progress = Callable[[int, int], None]
+Progress = Callable[[int, int], None]  # number of files read so far, and of all files
 
 
 def _no_progress(n_read: int, n_files: int) -> None:
@@ -1352,8 +1365,6 @@ def scan(options: ScanOptions, *, keep_features: bool = False, progress: Progres
     ----------
     keep_features
         Whether to keep the arrays; if not, at most one sequence is in memory at a time.
-    progress
-        Called with the number of files read so far, and the number of all files.
 
     Raises
     ------
@@ -1362,32 +1373,36 @@ def scan(options: ScanOptions, *, keep_features: bool = False, progress: Progres
     stats.DataError
         `bad-statistics`, if the statistics files in the folder cannot be used.
     """
-    result = Scan(require_folder(options.directory))
+    result = Scan(require_folder(options.directory), options=options)
     result.stored = stats.load(result.directory)
-    files = sorted(_walk(result.directory, result))
-    if not files and not result.findings:
-        raise UsageError(_no_files_message(result))
-    moments = _read_files(result, files, options, keep_features, progress)
-    finalize_scan(result, options, moments)
+    moments = _read_files(result, _list_files(result), keep_features, progress)
+    finalize_scan(result, moments)
     return result
 
 
+def _list_files(result: Scan) -> list[str]:
+    """The NPZ and NPY files of the folder, sorted."""
+    files = sorted(_walk(result.directory, result))
+    if not files and not result.findings:
+        raise UsageError(_no_files_message(result))
+    return files
+
+
 def _read_files(
-    result: Scan, files: list[str], options: ScanOptions, keep_features: bool, progress: Progress
+    result: Scan, files: list[str], keep_features: bool, progress: Progress
 ) -> dict[int, stats.RunningMoments]:
     """Read the files into records and findings; return the moments of the frames for each width."""
-    emotion_filter, folder, arena = EmotionFilter(options), str(result.directory), Arena()
+    options, folder, arena = result.options, str(result.directory), Arena()
     # The width of the set is known only after all files have been read, hence moments for each width.
-    moments: dict[int, stats.RunningMoments] = collections.defaultdict(stats.RunningMoments)
+    moments: dict[int, stats.RunningMoments] = defaultdict(stats.RunningMoments)
     for number, (file, label) in enumerate(zip(files, _label_files(files, options)), 1):
         try:
             if isinstance(label, DataError):
                 raise label
-            emotion = emotion_filter(label.utterance.emotion)
-            if emotion is None:
+            if label.emotion is None:
                 result.n_excluded += 1
                 continue
-            if options.no_versions and label.utterance.version:
+            if options.no_versions and label.version:
                 result.n_versions += 1
                 continue
             features = options.read(f"{folder}{os.sep}{file}")
@@ -1396,27 +1411,18 @@ def _read_files(
             continue
         finally:
             progress(number, len(files))
-        utterance = label.utterance
-        if emotion != utterance.emotion:
-            utterance = dataclasses.replace(utterance, emotion=emotion)
-        array, key = features.array, features.key
-        found = features.dtype, features.crc, features.rms, features.bit_sum
-        record = Record(utterance, label.source, array.shape, key, *found)
-        result.records.append(record)
-        result.other_arrays.update(name for name in features.array_names if name != key)
-        result.n_leading_axis += len(features.stored_shape) > array.ndim
+        array, key, dtype, names, *values = features
+        result.records.append(Record(label, array.shape, key, dtype, *values))
+        result.other_arrays.update(name for name in names if name != key)
         moments[array.shape[-1]].add(array.reshape(-1, array.shape[-1]))
         if keep_features:
             result.features.append(arena.store(array))
-    emotion_filter.check_requested()
-    if new := emotion_filter.new_classes():
-        result.notes.append(Note("new-class", printable(", ".join(new))))
     return moments
 
 
 def iter_features(
-    options: ScanOptions, result: Scan, scale: Scale, merge: tuple[str, ...] = (), progress: Progress = _no_progress
-) -> Iterator[tuple[emotions.Utterance, np.ndarray]]:
+    options: ScanOptions, result: Scan, scale: Scale, merge: Names = (), progress: Progress = _no_progress
+) -> Iterator[tuple[Utterance, Array]]:
     """Read the features of a folder or a single file one at a time, for a model that is trained already.
 
     Parameters
@@ -1438,79 +1444,72 @@ def iter_features(
     UsageError
         If there is no such folder or file, or no NPZ or NPY file in it.
     """
-    emotion_filter = EmotionFilter(options, merge)
     folder, files, paths = _input_files(result)
-    for number, (file, label) in enumerate(zip(files, _label_files(paths, options)), 1):
-        utterance = emotions.Utterance(file, "", None, None)
-        if isinstance(label, Labelled):
-            emotion = emotion_filter(label.utterance.emotion)
-            utterance = dataclasses.replace(label.utterance, file=file, emotion=emotion)
+    for number, (file, label) in enumerate(zip(files, _label_files(paths, options, merge)), 1):
+        utterance = Utterance(file, "", None, None)
+        if not isinstance(label, DataError):
+            utterance = dataclasses.replace(label, file=file)
         try:
-            array = _read_fitting(folder / file, options, result, scale)
+            frames = _read_fitting(folder / file, options, result, scale)
         except DataError as error:
             result.findings.append(Finding(file, error.code, error.reason))
         else:
-            yield utterance, array
+            yield utterance, frames
         progress(number, len(files))
-    emotion_filter.check_requested()
+
+
+def _read_fitting(path: Path, options: ScanOptions, result: Scan, scale: Scale) -> Array:
+    """Read one file for a trained model, shape (T, D); raise a DataError if its width or scale does not fit."""
+    features = options.read(path, result.keys)
+    fault = width_fault(features.array.shape, result.dim, result.reshapes_vectors)
+    if not fault:
+        frames = features.array.reshape(-1, result.dim)
+        fault = scale.fault(frames, features.rms)
+    if fault:
+        raise DataError(*fault)
+    return frames
 
 
 def _input_files(result: Scan) -> tuple[Path, list[str], list[str]]:
     """The folder of the input, the names of its files, and for each file the path that may contain its labels."""
     path = result.directory
     if path.is_dir():
-        files = sorted(_walk(require_folder(path), result))
-        if not files and not result.findings:
-            raise UsageError(_no_files_message(result))
+        require_folder(path)
+        files = _list_files(result)
         return path, files, files
     if not os.path.lexists(path):
-        raise UsageError(f"{printable(str(path))}: no such file or folder{_suggest_folders(path.parent)}")
+        raise UsageError(f"{path}: no such file or folder{_suggest_folders(path.parent)}")
     # The two folders above a single file may contain its emotion and its speaker.
     return path.parent, [path.name], [os.sep.join(path.absolute().parts[-3:])]
 
 
-def _read_fitting(path: Path, options: ScanOptions, result: Scan, scale: Scale) -> np.ndarray:
-    """Read one file for a trained model, shape (T, D); raise a DataError if its width or scale does not fit."""
-    features = options.read(path, result.keys)
-    if fault := width_fault(features.array.shape, result.dim, result.reshapes_vectors):
-        raise DataError(*fault)
-    frames = features.array.reshape(-1, result.dim)
-    if fault := scale.fault(frames, features.rms):
-        raise DataError(*fault)
-    return frames
-
-
-def finalize_scan(result: Scan, options: ScanOptions, moments: dict[int, stats.RunningMoments]) -> None:
+def finalize_scan(result: Scan, moments: dict[int, stats.RunningMoments]) -> None:
     """Determine what depends on the whole set: its width, outliers, duplicates and notes."""
-    result.options = options
     _explain_contents(result)
     _require_one_array(result)
-    shapes = collections.Counter(record.shape for record in result.records)
-    statistics_width = _statistics_width(result, options)
-    known_width = options.dim or statistics_width
+    shapes = Counter(record.shape for record in result.records)
+    known_width = _statistics_width(result, shapes) or result.options.dim
     result.dim = known_width or _majority_width(shapes)
     result.reshapes_vectors = bool(known_width or (shapes and _confirms_width(shapes, result.dim)))
-    faults = {record.file: width_fault(record.shape, result.dim, result.reshapes_vectors) for record in result.records}
-    result.leave_out({file: fault for file, fault in faults.items() if fault})
-    if statistics_width and shapes and not result.records:
-        raise _statistics_conflict(statistics_width, f"the files have shape {max(shapes, key=shapes.get)}")
+    result.leave_out({r.file: width_fault(r.shape, result.dim, result.reshapes_vectors) for r in result.records})
     result.features = [array.reshape(-1, result.dim) for array in result.features]
     result.moments = moments[result.dim].merged() if result.dim in moments else None
-    outliers = scale_outliers(result, options)
-    result.leave_out(outliers)
-    if outliers:  # they are in the moments, which cannot be corrected without reading the files again
-        result.moments = None
-    result.leave_out(_find_duplicates(result, options))
+    if result.leave_out(_scale_outliers(result)):
+        result.moments = None  # outliers are in them, and cannot be removed without reading the files again
+    duplicates, harmless = _find_duplicates(result)
+    result.leave_out(duplicates)
     _keep_versions_of_records(result)
-    result.fingerprint = _fingerprint(result)
-    _require_own_statistics(result, options)
-    result.notes += sorted((*_notes(result), *_array_notes(result, options)))
+    # Of the width, and of the names, shapes and checksums of the files that are used.
+    listing = [str(result.dim), *(f"{record.file!r} {record.shape} {record.crc}" for record in result.records)]
+    result.fingerprint = hashlib.sha256("\n".join(listing).encode()).hexdigest()[:16]
+    _require_own_statistics(result)
+    result.notes = sorted(_notes({"duplicate": harmless} | _observe(result)))
     result.findings.sort()
 
 
 def _keep_versions_of_records(result: Scan) -> None:
     """Treat the versions of a recording whose original has been left out like originals, in place."""
-    utterances = [record.utterance for record in result.records]
+    utterances = result.utterances
     originals = {utterance.recording for utterance in utterances if not utterance.version}
     for place, utterance in enumerate(utterances):
         if utterance.version and utterance.recording not in originals:
@@ -1518,15 +1517,8 @@ def _keep_versions_of_records(result: Scan) -> None:
             result.records[place] = dataclasses.replace(result.records[place], utterance=plain)
 
 
-def _fingerprint(result: Scan) -> str:
-    """Hash the width, and the names, shapes and checksums of the files that are used."""
-    listing = "\n".join(f"{record.file!r} {record.shape} {record.crc}" for record in result.records)
-    listing = f"{result.dim}\n{listing}"
-    return hashlib.sha256(listing.encode()).hexdigest()[:16]
-
-
-def scale_outliers(result: Scan, options: ScanOptions) -> dict[str, tuple[str, str]]:
-    """Files whose features are 1000 times larger or smaller than usual, with code and reason: damage that is finite."""
+def _scale_outliers(result: Scan) -> Reasons:
+    """Files whose features are 1000 times larger or smaller than usual: damage that is finite."""
     rms = np.array([record.rms for record in result.records])
     if len(rms) < 10 or not (median := np.median(rms)):  # too few for a reference, or half of them zero
         return {}
@@ -1534,21 +1526,15 @@ def scale_outliers(result: Scan, options: ScanOptions) -> dict[str, tuple[str, s
     if not suspects:
         return {}
     typical = result.records[np.argsort(rms)[len(rms) // 2]]  # read again, as the suspects are
-    scale = Scale(median, np.abs(_read_again(result, options, typical)).mean(0))
-    faults = {record.file: scale.fault(_read_again(result, options, record), record.rms) for record in suspects}
-    return {file: fault for file, fault in faults.items() if fault}
+    scale = Scale(median, np.abs(result.read_again(typical)).mean(0))
+    return {record.file: scale.fault(result.read_again(record), record.rms) for record in suspects}
 
 
-def _read_again(result: Scan, options: ScanOptions, record: Record) -> np.ndarray:
-    """The frames, (T, D), of a file that the scan has read before."""
-    return options.read(result.directory / record.file).array.reshape(-1, result.dim)
-
-
-def _require_own_statistics(result: Scan, options: ScanOptions) -> None:
+def _require_own_statistics(result: Scan) -> None:
     """Raise a DataError if statistics that the user supplied are certainly of other features than these files."""
-    if result.stored is None or not result.stored.user_supplied or not result.records:
+    if not result.has_user_statistics or not result.records:
         return
-    sample = [_read_again(result, options, record) for record in result.records[:: 1 + len(result.records) // 50]]
+    sample = [result.read_again(record) for record in result.records[:: 1 + len(result.records) // 50]]
     own = stats.Moments.of(np.concatenate(sample)).statistics()
     means = np.stack([frames.mean(0) for frames in sample])
     lowest = float(stats.rank_correlation(means, own.mean).min())
@@ -1560,194 +1546,168 @@ def _require_own_statistics(result: Scan, options: ScanOptions) -> None:
 
 def _require_one_array(result: Scan) -> None:
     """Raise a UsageError if most files have several arrays that may be the features, or if the chosen one is not."""
-    several = collections.Counter(finding.reason for finding in result.findings if finding.code == "several-arrays")
+    several = Counter(finding.reason for finding in result.findings if finding.code == "several-arrays")
     if several.total() > len(result.records):
-        table = "".join(f"\n  {printable(arrays)}: {files} files" for arrays, files in several.most_common(12))
-        raise UsageError(f"several arrays may be the features; choose one with --key NAME:{table}")
-    contents = collections.Counter((record.crc, record.shape) for record in result.records)
+        table = [f"{arrays}: {files} files" for arrays, files in several.most_common(12)]
+        raise UsageError("several arrays may be the features; choose one with --key NAME:", *table)
+    contents = Counter((record.crc, record.shape) for record in result.records)
     files = max(contents.values(), default=0)
     if result.other_arrays and len(result.records) >= 10 and 2 * files > len(result.records):
-        others = format_counts(dict(result.other_arrays.most_common()), 5)
-        key = printable(result.records[0].key)
-        raise UsageError(f"the array {key} is the same in {files} files: choose another with --key NAME ({others})")
+        others = format_counts(result.other_arrays)
+        found = f"the array {result.records[0].key} is the same in {files} files"
+        raise UsageError(f"{found}: choose another with --key NAME ({others})")
 
 
-def _find_duplicates(result: Scan, options: ScanOptions) -> dict[str, tuple[str, str]]:
-    """Find files with identical features; return those to leave out, with code and reason, and note the others."""
+def _find_duplicates(result: Scan) -> tuple[Reasons, list[str]]:
+    """Find files with identical features: those to leave out, and pairs of which both may be used."""
     reasons, harmless = {}, []
-    for alike in _equal_features(result, options):
-        first, *others = sorted(alike, key=lambda record: bool(record.utterance.version))
-        group = [first, *others]
-        speakers = {record.utterance.speaker for record in group}
-        if len({record.utterance.emotion for record in group}) > 1:
+    for group in _equal_features(result):
+        first, *others = group = sorted((record.utterance for record in group), key=lambda u: bool(u.version))
+        speakers = {utterance.speaker for utterance in group}
+        if len({utterance.emotion for utterance in group}) > 1:
             # All of them, because any of the labels may be wrong.
-            for record in group:
-                other = next(other for other in group if other.utterance.emotion != record.utterance.emotion)
-                label = printable(other.utterance.emotion)
-                reason = f"has the same features as {printable(other.file)}, which is labelled {label}"
-                reasons[record.file] = ("duplicate-conflict", reason)
+            for utterance in group:
+                other = next(other for other in group if other.emotion != utterance.emotion)
+                reason = f"has the same features as {other.file}, which is labelled {other.emotion}"
+                reasons[utterance.file] = ("duplicate-conflict", reason)
             continue
-        for record in others:
-            if _is_copy(first.utterance, record.utterance):
-                reasons[record.file] = ("copy", f"is a copy of {printable(first.file)}")
+        for other in others:
+            if first.recording == other.recording != "" and first.modality == other.modality:
+                reasons[other.file] = ("copy", f"is a copy of {first.file}")
             elif len(speakers) > 1 or None in speakers:
                 # A split by speaker could put copies of training data into the test set.
-                speaker = printable(first.utterance.speaker or "an unknown speaker")
-                reason = f"has the same features as {printable(first.file)} by {speaker}"
-                reasons[record.file] = ("duplicate-speaker", reason)
+                reason = f"has the same features as {first.file} by {first.speaker or 'an unknown speaker'}"
+                reasons[other.file] = ("duplicate-speaker", reason)
             else:
-                harmless.append(f"{printable(first.file)} = {printable(record.file)}")
-    if harmless:
-        result.notes.append(Note("duplicate", format_names(harmless)))
-    return reasons
+                harmless.append(f"{first.file} = {other.file}")
+    return reasons, harmless
 
 
-def _is_copy(first: emotions.Utterance, other: emotions.Utterance) -> bool:
-    """Whether two files with the same features are one recording in one modality, by their names."""
-    return first.recording == other.recording != "" and first.modality == other.modality
-
-
-def _equal_features(result: Scan, options: ScanOptions) -> Iterator[list[Record]]:
+def _equal_features(result: Scan) -> Iterator[list[Record]]:
     """Groups of two or more files with the same float32 numbers, in whatever type and shape they are stored."""
-    candidates = collections.defaultdict(list)
+    candidates = defaultdict(list)
     for record in result.records:
         candidates[math.prod(record.shape), record.bit_sum].append(record)
     for pending in candidates.values():
         while len(pending) > 1:  # equal sums are rarely chance, but a sequence read backwards has the same
             first, *others = pending
-            equal = [other for other in others if _same_features(result.directory, options, first, other)]
+            frames = result.read_again(first)
+            equal = [other for other in others if np.array_equal(frames, result.read_again(other))]
             pending = [other for other in others if other not in equal]
             if equal:
                 yield [first, *equal]
 
 
-def _same_features(directory: Path, options: ScanOptions, *pair: Record) -> bool:
-    try:
-        arrays = [options.read(directory / record.file).array for record in pair]
-    except DataError:  # changed or removed since the scan
-        return False
-    return np.array_equal(*(array.reshape(-1) for array in arrays))
+Observations = dict[str, list[str] | dict[str, int] | int | str]  # by the code of a note; empty or 0 if there is none
 
 
-def _notes(result: Scan) -> Iterator[Note]:
-    yield from _name_notes(result)
-    yield from _class_notes(result)
-    yield from _feature_notes(result)
+def _notes(found: Observations) -> Iterator[Note]:
+    """A note for each observation: names, counts, a number of files, or a text."""
+    for code, what in found.items():
+        if not what:
+            continue
+        if isinstance(what, list):
+            what = format_names(what)
+        elif isinstance(what, dict):
+            what = format_counts(what)
+        elif isinstance(what, int):
+            what = f"{what} files"
+        yield Note(code, printable(what))
+
+
+def _observe(result: Scan) -> Observations:
+    """What is worth a note, besides duplicates."""
+    utterances = result.utterances
     n_reshaped = sum(len(record.shape) == 1 and record.shape[0] != result.dim for record in result.records)
-    if n_reshaped:
-        yield Note("reshaped", f"{n_reshaped} files, D = {result.dim}")
-    if result.n_leading_axis:
-        yield Note("leading-axis", f"{result.n_leading_axis} files")
 
-
-def _array_notes(result: Scan, options: ScanOptions) -> Iterator[Note]:
-    """Notes on which array of a file was read, and on what its axes may be."""
-    if result.other_arrays:
-        yield Note("other-arrays", format_counts(dict(result.other_arrays.most_common()), 5))
     keys = result.keys_used()
-    if n_bare := len(result.records) - sum(keys.values()):
-        yield Note("no-checksum", f"{n_bare} files")
-    if len(keys) > 1:
-        yield Note("mixed-keys", format_counts(keys))
+    found = {
+        "reshaped": f"{n_reshaped} files, D = {result.dim}" if n_reshaped else "",
+        "leading-axis": sum(record.has_leading_axis for record in result.records),
+        "no-checksum": sum(record.key == NPY_KEY for record in result.records),
+        "other-arrays": result.other_arrays,
+        "mixed-keys": keys if len(keys) > 1 else {},
+        "song": [utterance.file for utterance in utterances if utterance.channel == "song"],
+        "known-damaged": [f"{u.file} ({damage})" for u in utterances if (damage := emotions.known_damage(u))],
+        "no-speaker": Counter(utterance.corpus for utterance in utterances if utterance.speaker is None),
+    }
     rows = {record.shape[0] if len(record.shape) == 2 else 1 for record in result.records}
-    if len(result.records) > 1 and len(rows) == 1 and rows != {1} and not options.transpose:
+    if len(result.records) > 1 and len(rows) == 1 and rows != {1} and not result.options.transpose:
         read = f"{rows.pop()} rows of {result.dim} values, read as frames"
-        yield Note("equal-length", f"{read}; features by frames? --transpose; layers of an encoder? save one of them")
+        found["equal-length"] = f"{read}; features by frames? --transpose; layers of an encoder? save one of them"
+    return found | _observe_recordings(utterances) | _observe_classes(result) | _observe_features(result)
 
 
-def _name_notes(result: Scan) -> Iterator[Note]:
-    """Notes on the recordings, from their names."""
-    utterances = [record.utterance for record in result.records]
-    yield from _recording_notes(utterances)
-    sung = [printable(utterance.file) for utterance in utterances if utterance.channel == "song"]
-    if sung:
-        yield Note("song", format_names(sung, 3))
-    damaged = [f"{printable(u.file)} ({damage})" for u in utterances if (damage := emotions.known_damage(u))]
-    if damaged:
-        yield Note("known-damaged", format_names(damaged))
-    nameless = collections.Counter(utterance.corpus for utterance in utterances if utterance.speaker is None)
-    if nameless:
-        yield Note("no-speaker", format_counts(dict(nameless)))
-
-
-def _recording_notes(utterances: list[emotions.Utterance]) -> Iterator[Note]:
-    """Notes on files of the same recording, from their names."""
-    recordings = collections.defaultdict(list)
+def _observe_recordings(utterances: list[Utterance]) -> Observations:
+    """Observations on files of the same recording, and on tails."""
+    recordings = defaultdict(list)
     for utterance in utterances:
         if not utterance.version:
             recordings[utterance.recording or utterance.file].append(utterance)
-    shared = [takes for takes in recordings.values() if len(takes) > 1]
-    twins = [takes for takes in shared if len({utterance.modality for utterance in takes}) > 1]
-    if twins:
-        yield Note("twins", format_names([" = ".join(printable(take.file) for take in takes) for takes in twins]))
-    nameless = [len(takes) for takes in shared if takes not in twins and takes[0].speaker is None]
-    if nameless:
-        yield Note("same-recording", f"{sum(nameless)} files of {len(nameless)} recordings")
-    versions = collections.Counter(utterance.version for utterance in utterances if utterance.version)
-    if versions:
-        counts = format_counts(dict(versions.most_common()), 5)
-        yield Note("versions", f"{versions.total()} files of {len(utterances)} ({counts})")
-    plain = [utterance for utterance in utterances if utterance.corpus in emotions.CORPORA and not utterance.version]
-    tails = collections.Counter(utterance.tail for utterance in plain if utterance.tail)
-    if tails:
-        yield Note("tails", format_counts(dict(tails.most_common()), 5))
+    twins, nameless = [], []
+    for takes in recordings.values():
+        if len({take.modality for take in takes}) > 1:
+            twins.append(" = ".join(take.file for take in takes))
+        elif len(takes) > 1 and takes[0].speaker is None:
+            nameless.append(len(takes))
+    versions = Counter(utterance.version for utterance in utterances if utterance.version)
+    counted = f"{versions.total()} files of {len(utterances)} ({format_counts(versions)})"
+    known = [utterance for utterance in utterances if utterance.corpus in emotions.CORPORA and not utterance.version]
+    return {
+        "twins": twins,
+        "same-recording": f"{sum(nameless)} files of {len(nameless)} recordings" if nameless else "",
+        "versions": counted if versions else "",
+        "tails": Counter(utterance.tail for utterance in known if utterance.tail),
+    }
 
 
-def _class_notes(result: Scan) -> Iterator[Note]:
-    """Notes on classes that are too small to train or to score."""
+def _observe_classes(result: Scan) -> Observations:
+    """Observations on classes that are new, or too small to train or to score."""
     counts = result.count("emotion")
-    speakers = collections.defaultdict(set)
-    for record in result.records:
-        speakers[record.utterance.emotion].add(record.utterance.speaker)
-    few = {emotion: len(known) for emotion, known in speakers.items() if len(known) < 5 and None not in known}
-    if few:
-        yield Note("few-speakers", format_counts(few))
-    small = {emotion: count for emotion, count in counts.items() if count < 10}
-    if small:
-        yield Note("few-utterances", format_counts(small))
-    if counts and max(counts.values()) > 5 * min(counts.values()):
-        yield Note("imbalance", format_counts(counts))
+    speakers = defaultdict(set)
+    for utterance in result.utterances:
+        speakers[utterance.emotion].add(utterance.speaker)
+    targets = _parse_merges(result.options.merge).values()
+    unbalanced = counts and max(counts.values()) > 5 * min(counts.values())
+    return {
+        "new-class": ", ".join(word for word in counts if word in targets and not emotions.emotion_word(word)),
+        "few-speakers": {word: len(known) for word, known in speakers.items() if len(known) < 5 and None not in known},
+        "few-utterances": {word: count for word, count in counts.items() if count < 10},
+        "imbalance": counts if unbalanced else {},
+    }
 
 
-def _feature_notes(result: Scan) -> Iterator[Note]:
-    """Notes on signs of a problem in feature extraction."""
+def _observe_features(result: Scan) -> Observations:
+    """Observations on signs of a problem in feature extraction."""
+    found = {}
     log_rms = np.log([max(record.rms, 1e-30) for record in result.records])  # factors of 3 and 1/3 are equally far
     if len(log_rms) >= 10:
         # Median and median absolute deviation, because outliers would inflate mean and standard deviation.
         distance = np.abs(log_rms - np.median(log_rms))
         far = np.flatnonzero(distance > max(np.log(3), 10 * np.median(distance)))
-        names = [f"{printable(result.records[index].file)} ({result.records[index].rms:.3g})" for index in far]
+        names = [f"{result.records[index].file} ({result.records[index].rms:.3g})" for index in far]
         if names:
-            yield Note("norm-outlier", f"{format_names(names)}; the median is {np.exp(np.median(log_rms)):.3g}")
-    if result.moments is None or result.moments.count < 10:
-        return
-    statistics = result.moments.statistics()
-    dead = np.flatnonzero(statistics.constant())
-    if dead.size:
-        yield Note("dead-dimensions", format_names([str(index) for index in dead], 10))
-    # Medians over dimensions, because dead dimensions keep their mean and have no deviation.
-    if np.median(np.abs(statistics.mean)) < 0.02 and abs(np.median(statistics.std) - 1) < 0.02:
-        yield Note("already-normalised", f"over {int(result.moments.count)} frames")
+            found["norm-outlier"] = f"{format_names(names)}; the median is {np.exp(np.median(log_rms)):.3g}"
+    if result.moments is not None and result.moments.count >= 10:
+        statistics = result.moments.statistics()
+        found["dead-dimensions"] = [str(index) for index in np.flatnonzero(statistics.constant())]
+        # Medians over dimensions, because dead dimensions keep their mean and have no deviation.
+        if np.median(np.abs(statistics.mean)) < 0.02 and abs(np.median(statistics.std) - 1) < 0.02:
+            found["already-normalised"] = f"over {int(result.moments.count)} frames"
+    return found
 
 
 def require_folder(directory: str | Path) -> Path:
-    """Return the path of an existing, readable folder.
-
-    Raises
-    ------
-    UsageError
-        If there is none; the message suggests folders nearby that contain such files.
-    """
+    """Return the path of an existing, readable folder, or raise a UsageError that suggests folders nearby."""
     path = Path(directory)
-    name = printable(str(directory))
     try:
         os.scandir(path).close()
     except FileNotFoundError:
-        raise UsageError(f"{name}: no such folder{_suggest_folders(path.parent)}") from None
+        raise UsageError(f"{path}: no such folder{_suggest_folders(path.parent)}") from None
     except NotADirectoryError:
-        raise UsageError(f"{name}: is a file; pass the folder that contains the features") from None
+        raise UsageError(f"{path}: is a file; pass the folder that contains the features") from None
     except OSError as error:
-        raise UsageError(f"{name}: cannot be read: {error.strerror}") from None
+        raise UsageError(f"{path}: cannot be read: {error.strerror}") from None
     return path
 
 
@@ -1756,7 +1716,7 @@ def _suggest_folders(folder: Path) -> str:
     usual = ("models/wav2vec", "wav2vec_features", "wav2vec", "features", "embeddings")
     paths = [base / name for base in (folder, folder.parent) for name in usual]
     found = [path for path in dict.fromkeys(paths) if os.access(path, os.R_OK) and any(path.glob("*.np[yz]"))]
-    return f"; there are features in {', '.join(printable(str(path)) for path in found)}" if found else ""
+    return f"; there are features in {', '.join(map(str, found))}" if found else ""
 
 
 #: What to do about files of other formats.
@@ -1776,16 +1736,19 @@ FORMATS = {
 
 
 def _no_files_message(result: Scan) -> str:
-    found = ", ".join(f"{count} {printable(suffix)}" for suffix, count in result.other_files.most_common(5))
+    found = ", ".join(f"{count} {suffix}" for suffix, count in result.other_files.most_common(5))
     content = f"only {found} files" if found else "the folder is empty"
-    advice = []
-    for suffixes, kind in FORMATS.items():
+    advice = {}  # a set in order
+    for suffixes, what in FORMATS.items():
         for suffix in sorted(result.other_files.keys() & set(suffixes.split())):
-            files = f"for path in pathlib.Path({printable(str(result.directory))!r}).rglob('*{suffix}')"
-            convert = f"{files}: np.savez(path.with_suffix('.npz'), {kind})"
-            advice.append(convert if kind.startswith("emb=") else kind)
-    content += f": {'; '.join(dict.fromkeys(advice))}" if advice else ""
-    return f"{printable(str(result.directory))}: no NPZ or NPY files; {content}{_suggest_folders(result.directory)}"
+            line = what
+            if what.startswith("emb="):
+                files = f"for path in pathlib.Path({str(result.directory)!r}).rglob('*{suffix}')"
+                line = f"{files}: np.savez(path.with_suffix('.npz'), {what})"
+            advice[line] = None
+    if advice:
+        content += f": {'; '.join(advice)}"
+    return f"{result.directory}: no NPZ or NPY files; {content}{_suggest_folders(result.directory)}"
 
 
 def blockers(result: Scan) -> list[str]:
@@ -1814,11 +1777,11 @@ class Folds(NamedTuple):
     `validation` has the mask of each fold whose validation utterances are prescribed.
     """
 
-    speaker: np.ndarray
-    recording: np.ndarray
-    original: np.ndarray
-    fold: np.ndarray
-    validation: list[np.ndarray]
+    speaker: Array
+    recording: Array
+    original: Array
+    fold: Array
+    validation: list[Array]
     independent: bool
     notes: list[str]
 
@@ -1827,7 +1790,7 @@ class Folds(NamedTuple):
         return int(self.fold.max()) + 1
 
 
-def assign_folds(options: ScanOptions, utterances: list[emotions.Utterance], label: np.ndarray) -> Folds:
+def assign_folds(options: ScanOptions, utterances: list[Utterance], label: Array) -> Folds:
     """Assign utterances to test folds by speaker; the seed of the options, if any, decides among equals.
 
     Raises
@@ -1842,21 +1805,31 @@ def assign_folds(options: ScanOptions, utterances: list[emotions.Utterance], lab
     validation = []
     if scheme == "table":
         fold, validation = _table_folds(utterances)
-        if not independent or _straddles(speaker, fold, validation):
+        side = np.where(validation[0], -2, fold) if validation else fold
+        if not independent or len(set(zip(speaker, side))) > len(set(speaker)):
             independent, speaker = False, np.array([utterance.file for utterance in utterances])
             problem = "speakers are unknown or on several sides of the table's split"
             notes = [f"{problem}: the scores are NOT speaker-independent"]
-    elif not scheme.isdecimal() and speaker is recording:
+    elif scheme.isdecimal():
+        number = min(int(scheme), len(set(speaker)))
+        if number < int(scheme):
+            notes.append(f"{number} speakers allow only {number} folds, not {scheme}")
+        fold = stats.balanced_blocks(stats.numbered(speaker), label, number, seed)
+    elif speaker is recording:
         raise UsageError(f"--folds {scheme} needs file names that identify speakers; use --folds 5")
+    elif scheme == "leave-one-speaker-out":
+        fold = stats.numbered(speaker)
     else:
-        fold, validation, more = _scheme_folds(scheme, speaker, label, seed)
-        notes = notes + more
+        fold, validation, missing = _official_folds(scheme, speaker)
+        if missing:
+            reason = "the scores are not comparable with published ones"
+            notes.append(f"{missing} speakers of {scheme} are missing: {reason}")
     folds = Folds(speaker, recording, original, fold, validation, independent, notes)
     _check_sides(scheme, folds)
     return folds
 
 
-def _name_speakers(utterances: list[emotions.Utterance], recording: np.ndarray) -> tuple[np.ndarray, bool, list[str]]:
+def _name_speakers(utterances: list[Utterance], recording: Array) -> tuple[Array, bool, list[str]]:
     """The speaker of each utterance, whether all are known, and notes.
 
     Where the names identify fewer than two speakers, every recording counts as its own.
@@ -1875,77 +1848,52 @@ def _name_speakers(utterances: list[emotions.Utterance], recording: np.ndarray) 
     return recording, False, [note]
 
 
-def _scheme_folds(
-    scheme: str, speaker: np.ndarray, label: np.ndarray, seed: int
-) -> tuple[np.ndarray, list[np.ndarray], list[str]]:
-    """The fold that tests each utterance, shape (N,), prescribed validation masks, and notes."""
-    if scheme in emotions.SCHEMES:
-        return _official_folds(scheme, speaker)
-    if scheme == "leave-one-speaker-out":
-        return stats.numbered(speaker), [], []
-    group = stats.numbered(speaker)
-    present = int(group.max()) + 1
-    folds = min(int(scheme), present)
-    notes = [f"{present} speakers allow only {folds} folds, not {scheme}"] if folds < int(scheme) else []
-    return stats.balanced_blocks(group, label, folds, seed), [], notes
-
-
-def _official_folds(scheme: str, speaker: np.ndarray) -> tuple[np.ndarray, list[np.ndarray], list[str]]:
-    """As `_scheme_folds`, from the test speakers that a publication has listed."""
+def _official_folds(scheme: str, speaker: Array) -> tuple[Array, list[Array], int]:
+    """The folds and validation masks that a publication lists, by test speakers, and the number of absent speakers."""
     official = emotions.SCHEMES[scheme]
     fold_of = {name: fold for fold, block in enumerate(official.test_speakers) for name in block}
     present = set(speaker)
     strangers = sorted(present - fold_of.keys())
     if strangers:
-        names = printable(", ".join(strangers[:5]))
         advice = "use --folds 5, or remove those files"
-        raise UsageError(f"--folds {scheme} does not cover speaker {names}; {advice}")
+        raise UsageError(f"--folds {scheme} does not cover speaker {', '.join(strangers[:5])}; {advice}")
     fold = stats.numbered([fold_of[name] for name in speaker])
-    if fold.max() == 0:
-        raise UsageError(f"--folds {scheme} gives one fold; at least two are needed")
-    missing = len(fold_of) - len(present)
-    note = f"{missing} speakers of {scheme} are missing: the scores are not comparable with published ones"
-    folds = int(fold.max()) + 1
-    validation = [fold == (current + 1) % folds for current in range(folds)] if official.next_fold_validates else []
-    return fold, validation, [note] if missing else []
+    validation = []
+    if official.next_fold_validates:
+        folds = int(fold.max()) + 1
+        validation = [fold == (current + 1) % folds for current in range(folds)]
+    return fold, validation, len(fold_of) - len(present)
 
 
 # The sides of a split in tables, by the beginning of the word.
-_SIDES = {"tr": "train", "dev": "validation", "val": "validation", "te": "test", "ev": "test"}
+_SIDES = re.compile("(?P<train>tr)|(?P<validation>dev|val)|(?P<test>te|ev)")
 
 
-def _table_folds(utterances: list[emotions.Utterance]) -> tuple[np.ndarray, list[np.ndarray]]:
+def _table_folds(utterances: list[Utterance]) -> tuple[Array, list[Array]]:
     """The fold that tests each utterance, and the validation masks, from the split in the user's table."""
     # Versions go with their original, whatever the table has for them.
     split_of = {utterance.recording: utterance.split for utterance in utterances if not utterance.version}
     splits = [split_of[utterance.recording] if utterance.version else utterance.split for utterance in utterances]
     given = [(split or "").casefold() for split in splits]
-    if all(re.fullmatch(r"[0-9]+(\.0)?", value) for value in given):
-        fold = stats.numbered([int(float(value)) for value in given])
-        if fold.max() == 0:
-            raise UsageError("--folds table: the table gives one fold; at least two are needed")
-        return fold, []
-    sides = [next((side for start, side in _SIDES.items() if value.startswith(start)), "") for value in given]
-    unknown = sorted({value for value, side in zip(given, sides) if not side})
+    if all(re.fullmatch(r"[0-9]{1,9}(\.0)?", value) for value in given):
+        return stats.numbered([int(float(value)) for value in given]), []
+    matches = [_SIDES.match(value) for value in given]
+    side = np.array([match.lastgroup if match else "" for match in matches])
+    unknown = sorted({value for value, known in zip(given, side) if not known})
     if unknown:
         found = ", ".join(repr(value) if value else "no entry" for value in unknown[:3])
         raise UsageError(f"--folds table needs train, validation and test, or numbers, for every file; found: {found}")
-    if missing := {"train", "test"} - set(sides):
-        raise UsageError(f"--folds table: no file is for {' or '.join(sorted(missing))}")
-    side = np.array(sides)
+    for needed in ("test", "train"):
+        if needed not in side:
+            raise UsageError(f"--folds table: no file is for {needed}")
     validation = side == "validation"
     return np.where(side == "test", 0, -1), [validation] if validation.any() else []
 
 
-def _straddles(speaker: np.ndarray, fold: np.ndarray, validation: list[np.ndarray]) -> bool:
-    """Whether a speaker is on several sides of the user's split."""
-    side = fold if not validation else np.where(validation[0], -2, fold)
-    group = stats.numbered(speaker)
-    return len(set(zip(group.tolist(), side.tolist()))) > int(group.max()) + 1
-
-
 def _check_sides(scheme: str, folds: Folds) -> None:
     """Raise a UsageError if a fold, or the final model, would have nothing to train on, to validate on or to test."""
+    if not folds.fold.any():
+        raise UsageError(f"--folds {scheme} gives one fold; at least two are needed")
     for current in range(folds.number + 1):  # the last one is the final model
         remaining = folds.fold != current
         if current < len(folds.validation):
@@ -1962,14 +1910,19 @@ def _check_sides(scheme: str, folds: Folds) -> None:
 # --- reporting ----------------------------------------------------------------------------------------------------
 
 
-def format_names(names: list[str], limit: int = 5) -> str:
-    shown = ", ".join(names[:limit])
-    return f"{len(names)}: {shown}, ..." if len(names) > limit else f"{len(names)}: {shown}"
+def format_names(names: list[str]) -> str:
+    """The number of names, and the first five."""
+    shown = names if len(names) <= 5 else [*names[:5], "..."]
+    return f"{len(names)}: {', '.join(shown)}"
 
 
-def format_counts(counts: dict[str, int], limit: int = 12) -> str:
-    shown = ", ".join(f"{printable(str(key))} {count}" for key, count in list(counts.items())[:limit])
-    return f"{shown}, and {len(counts) - limit} more" if len(counts) > limit else shown
+def format_counts(counts: dict[str, int]) -> str:
+    """The first twelve keys with their counts; the largest of a Counter."""
+    ranked = counts.most_common() if isinstance(counts, Counter) else list(counts.items())
+    shown = [f"{key} {count}" for key, count in ranked[:12]]
+    if len(ranked) > 12:
+        shown.append(f"and {len(ranked) - 12} more")
+    return printable(", ".join(shown))
 
 
 def format_range(values: Iterable[int]) -> str:
@@ -1978,15 +1931,15 @@ def format_range(values: Iterable[int]) -> str:
 
 
 def _labels_line(result: Scan) -> str:
-    sources = collections.Counter(record.labelled_by for record in result.records)
-    nested = any("/" in record.file or os.sep in record.file for record in result.records)
     words = {
         "name": "from file names",
         "folder": "from emotion-named folders",
         "pattern": "from file names, by --pattern",
         "table": "from the table given by --labels",
     }
-    labels = " and ".join(f"{words[source]} ({count})" for source, count in sources.items())
+    labels = " and ".join(f"{words[source]} ({count})" for source, count in result.labelled_by().items())
+
+    nested = any(os.sep in record.file for record in result.records)
     return f"{labels}; files are {'in subfolders' if nested else 'flat in the folder'}"
 
 
@@ -2002,20 +1955,22 @@ def _statistics_line(result: Scan) -> str:
 
 
 def _features_line(result: Scan) -> str:
-    forms = collections.Counter("vector" if record.shape == (result.dim,) else "sequence" for record in result.records)
     lengths = [math.prod(record.shape) // result.dim for record in result.records]
-    counted = " and ".join(f"{count} {form}{'s' * (count != 1)}" for form, count in forms.most_common())
-    frames = f" of {format_range(lengths)} frames" if "sequence" in forms else ""
-    return f"{counted}{frames}, width {result.dim}"
+    forms = Counter("vector" if record.shape == (result.dim,) else "sequence" for record in result.records)
+    counted = [f"{count} {form}" if count == 1 else f"{count} {form}s" for form, count in forms.most_common()]
+    line = " and ".join(counted)
+    if "sequence" in forms:
+        line += f" of {format_range(lengths)} frames"
+    return f"{line}, width {result.dim}"
 
 
 def findings_report(result: Scan, limit: int | None = 20) -> Iterator[str]:
     """Yield one line for each file that is left out, at most `limit` lines per code."""
-    shown = collections.Counter()
+    shown = Counter()
     for finding in result.findings:
         shown[finding.code] += 1
         if limit is None or shown[finding.code] <= limit:
-            yield f"{printable(finding.file)}: {finding.code} {printable(finding.reason)}; {REMEDIES[finding.code]}"
+            yield printable(f"{finding.file}: {finding.code} {finding.reason}; {REMEDIES[finding.code]}")
     for code, count in shown.items():
         if limit is not None and count > limit:
             yield f"... and {count - limit} more {code} (--all)"
@@ -2033,26 +1988,28 @@ def _kinds(result: Scan) -> str:
 def summary(result: Scan) -> Iterator[str]:
     """Yield the lines of the summary of a folder."""
     used, unused = len(result.records), len(result.findings)
-    excluded = f", {result.n_excluded} excluded by --classes" if result.n_excluded else ""
-    excluded += f", {result.n_versions} by --no-versions" if result.n_versions else ""
-    counts = f"{result.n_files} {_kinds(result)} files, {used} usable, {unused} left out{excluded}"
-    yield f"{printable(str(result.directory))}: {counts}"
+    counts = f"{result.n_files} {_kinds(result)} files, {used} usable, {unused} left out"
+    if result.n_excluded:
+        counts += f", {result.n_excluded} excluded by --classes"
+    if result.n_versions:
+        counts += f", {result.n_versions} by --no-versions"
+    yield printable(f"{result.directory}: {counts}")
     if result.n_ignored:
         yield f"  ignored      {result.n_ignored} hidden or temporary files and results of runs"
     if not result.records:
         return
     speakers = result.count("speaker")
     n_unknown = speakers.pop(None, 0)
-    sizes = f", {format_range(speakers.values())} utterances each" if speakers else ""
-    unknown = f"; speaker unknown for {n_unknown} files" if n_unknown else ""
+    named = f"{len(speakers)}, {format_range(speakers.values())} utterances each" if speakers else "0"
+    if n_unknown:
+        named += f"; speaker unknown for {n_unknown} files"
     yield f"  corpora      {format_counts(result.count('corpus'))}"
     yield f"  labels       {_labels_line(result)}"
     yield f"  emotions     {format_counts(result.count('emotion'))}"
-    yield f"  speakers     {len(speakers)}{sizes}{unknown}"
+    yield f"  speakers     {named}"
     yield f"  features     {_features_line(result)}"
-    keys = collections.Counter(record.key for record in result.records)
-    dtypes = collections.Counter(record.dtype for record in result.records)
-    yield f"  array        {format_counts(dict(keys.most_common()), 5)}; {format_counts(dict(dtypes.most_common()))}"
+    keys, dtypes = Counter(result.count("key")), Counter(result.count("dtype"))
+    yield f"  array        {format_counts(keys)}; {format_counts(dtypes)}"
     yield f"  statistics   {_statistics_line(result)}"
     for note in result.notes:
         yield f"  note         {note.code}: {NOTES[note.code]}: {note.text}"
@@ -2073,12 +2030,9 @@ def report(result: Scan) -> dict:
         "dim": result.dim,
         **{
             field: {str(value): count for value, count in result.count(field).items()}
-            for field in ("corpus", "emotion", "speaker", "gender", "intensity")
+            for field in ("corpus", "emotion", "speaker", "gender", "intensity", "key", "dtype", "shape")
         },
-        **{
-            field: dict(collections.Counter(str(getattr(record, field)) for record in result.records))
-            for field in ("key", "dtype", "shape", "labelled_by")
-        },
+        "labelled_by": result.labelled_by(),
         "statistics": _statistics_line(result),
         "blockers": blockers(result),
         "exit_status": exit_status(result),
@@ -2092,7 +2046,7 @@ def _verdict(result: Scan) -> Iterator[str]:
     if not reasons:
         for note in result.folds.notes:
             yield f"  split        {note}"
-        yield f"  ready        {printable(command_line(result.options))}"
+        yield printable(f"  ready        {command_line(result.options)}")
 
 
 def exit_status(result: Scan) -> int:

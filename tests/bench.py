@@ -235,7 +235,7 @@ def experiment(features: list[np.ndarray], label: np.ndarray, config: train.Conf
     for place, emotion in enumerate(label):
         who = emotions.Utterance(f"{place:06d}.npz", "own", emotions.EMOTIONS[emotion], f"own:{place % SPEAKERS}")
         shape = features[place].shape
-        scan.records.append(check_data.Record(who, "name", shape, "emb", "float32", crc=place, rms=1.0, bit_sum=place))
+        scan.records.append(check_data.Record(who, shape, "emb", "float32", crc=place, rms=1.0, bit_sum=place))
     dataset = train.pack(scan)
     split = train.make_split(dataset, config)
     smaller = int(split.train.sum(1).max()) // train.MIN_STEPS_PER_EPOCH
