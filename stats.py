@@ -43,15 +43,7 @@ _MAX_HEADER = 10_000  # bytes of an npy header; numpy's own limit
 
 
 class DataError(ValueError):
-    """A file that cannot be used.
-
-    Parameters
-    ----------
-    code
-        Short, stable name of the fault for programs; README lists them.
-    reason
-        Description of the fault, for people.
-    """
+    """A file that cannot be used: a short, stable `code`, which README lists, and the `reason` for people."""
 
     def __init__(self, code: str, reason: str):
         super().__init__(reason)
@@ -143,12 +135,7 @@ def _evaluated_header(text: bytes) -> NpyHeader:
 
 
 def npy_header(blob: bytes | memoryview) -> tuple[NpyHeader, int]:
-    """Parse the header of an array in npy format.
-
-    Parameters
-    ----------
-    blob
-        The array's bytes, or at least their beginning.
+    """Parse the header of an array in npy format, of which `blob` is at least the beginning.
 
     Returns
     -------
@@ -197,12 +184,7 @@ def check_size(header: NpyHeader, size: int, kinds: str = "f") -> None:
 def npy_array(blob: bytes | memoryview, kinds: str = "f") -> np.ndarray:
     """Turn the bytes of an npy file into an array that shares their memory; nothing is unpickled.
 
-    Parameters
-    ----------
-    blob
-        The file; the numbers must fill it exactly.
-    kinds
-        Accepted kinds of numbers, in numpy's letters: only floats, unless the file is one of our own checkpoints.
+    The numbers must fill the file exactly. Their `kinds`, in numpy's letters, are floats, unless it is a checkpoint.
 
     Raises
     ------
@@ -232,16 +214,16 @@ def write_files(folder: Path, blobs: dict[str, bytes | memoryview]) -> None:
     OSError
         With its errno and the name of the file, and on a full disk the bytes needed and free.
     """
-    with _locked(folder) as alone:
-        if alone:
-            remove_temporary(folder, blobs)
+    with _locked(folder, blobs):
         _replace_files(folder, blobs)
 
 
 @contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[bool]:
-    """Keep other processes of ours from writing into a folder; False where the file system has no locks."""
-    locked = False
+def _locked(folder: Path, written: Iterable[str] = ()) -> Iterator[None]:
+    """Keep other processes of ours from writing into a folder, and first clean up for the files to be written.
+
+    Where the file system has no locks, nothing is removed: another process may be writing it.
+    """
     with contextlib.ExitStack() as stack:
         if fcntl is not None:
             with contextlib.suppress(OSError):  # a missing folder is reported by what follows
@@ -249,8 +231,9 @@ def _locked(folder: Path) -> Iterator[bool]:
                 descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
                 stack.callback(os.close, descriptor)
                 fcntl.flock(descriptor, fcntl.LOCK_EX)
-                locked = True
-        yield locked
+                if written:
+                    remove_temporary(folder, written)
+        yield
 
 
 def remove_temporary(folder: Path, names: Iterable[str]) -> None:
@@ -462,21 +445,21 @@ class Stored(NamedTuple):
     fingerprint: str | None  # of the data they were computed from; None if they were supplied by the user
 
 
-def _read_statistic(path: Path) -> np.ndarray:
+def _parse_statistic(name: str, blob: bytes) -> np.ndarray:
     try:
-        array = npy_array(read_bytes(path))
+        array = npy_array(blob)
     except DataError as error:
-        raise DataError("bad-statistics", f"{path.name}: {error.reason}") from None
+        raise DataError("bad-statistics", f"{name}: {error.reason}") from None
     if array.ndim == 2 and 1 in array.shape:  # (1, D) or (D, 1), as with keepdims=True
         array = array.reshape(-1)
     if array.ndim != 1 or not array.size:
-        reason = f"{path.name} has shape {array.shape}; one number per feature, shape (D,), is needed"
+        reason = f"{name} has shape {array.shape}; one number per feature, shape (D,), is needed"
         raise DataError("bad-statistics", reason)
     with np.errstate(over="ignore"):  # a float64 beyond the range of float32 becomes Inf and is counted below
         array = array.astype(np.float32)
     bad = ~np.isfinite(array)
     if bad.any():
-        raise DataError("bad-statistics", f"{path.name} holds {bad.sum()} values that are NaN or Inf")
+        raise DataError("bad-statistics", f"{name} holds {bad.sum()} values that are NaN or Inf")
     return array
 
 
@@ -501,27 +484,20 @@ def load(folder: Path) -> Stored | None:
 
 
 def _load(folder: Path) -> Stored | None:
-    paths = [folder / MEAN_FILE, folder / STD_FILE]
-    present = [path for path in paths if os.path.lexists(path)]
     manifest = _read_manifest(folder)
-    ours = []
-    for path in present:
-        digest = _sha256(_read_statistics_file(path))
-        if digest == manifest["sha256"].get(path.name):
-            ours.append(path)
-    if not present:
+    pair = {MEAN_FILE, STD_FILE}
+    blobs = {name: _read_file(folder / name) for name in sorted(pair) if os.path.lexists(folder / name)}
+    ours = {name for name, blob in blobs.items() if _sha256(blob) == manifest["sha256"].get(name)}
+    if ours == set(blobs) != pair:  # neither, or `save` was cut off
         return None
-    if len(present) == 1:
-        if ours:  # `save` was cut off
-            return None
-        (missing,) = set(paths) - set(present)
-        advice = "add it, or delete the other"
-        raise DataError("bad-statistics", f"{present[0].name} exists but {missing.name} does not; {advice}")
+    if len(blobs) == 1:
+        (present,), (missing,) = blobs, pair - set(blobs)
+        raise DataError("bad-statistics", f"{present} exists but {missing} does not; add it, or delete the other")
     if len(ours) == 1:
-        (foreign,) = set(paths) - set(ours)
-        advice = f"supply both files, or delete {foreign.name} to have both computed"
-        raise DataError("bad-statistics", f"{ours[0].name} was computed here and {foreign.name} was not; {advice}")
-    mean, std = map(_read_statistic, paths)
+        (computed,), (foreign,) = ours, pair - ours
+        advice = f"supply both files, or delete {foreign} to have both computed"
+        raise DataError("bad-statistics", f"{computed} was computed here and {foreign} was not; {advice}")
+    mean, std = (_parse_statistic(name, blobs[name]) for name in (MEAN_FILE, STD_FILE))
     if mean.shape != std.shape:
         raise DataError("bad-statistics", f"{MEAN_FILE} has {mean.size} numbers and {STD_FILE} has {std.size}")
     if (std < 0).any():
@@ -529,7 +505,7 @@ def _load(folder: Path) -> Stored | None:
     return Stored(Statistics(mean, std), not ours, manifest["fingerprint"] if ours else None)
 
 
-def _read_statistics_file(path: Path) -> bytes:
+def _read_file(path: Path) -> bytes:
     try:
         return read_bytes(path)
     except DataError as error:
@@ -540,7 +516,7 @@ def _read_manifest(folder: Path) -> dict:
     try:
         if not os.path.lexists(folder / MANIFEST_FILE):
             return {"sha256": {}, "fingerprint": ""}
-        manifest = json.loads(_read_statistics_file(folder / MANIFEST_FILE))
+        manifest = json.loads(_read_file(folder / MANIFEST_FILE))
         return {"sha256": dict(manifest["sha256"]), "fingerprint": str(manifest["fingerprint"])}
     except DataError:  # a ValueError, too, but it has its own reason
         raise
@@ -560,18 +536,16 @@ def save(folder: Path, statistics: Statistics, fingerprint: str) -> bool:
     blobs = {MEAN_FILE: npy_bytes(statistics.mean), STD_FILE: npy_bytes(statistics.std)}
     hashes = {name: _sha256(blob) for name, blob in blobs.items()}
     manifest = {MANIFEST_FILE: json_bytes({"sha256": hashes, "fingerprint": fingerprint})}
-    with _locked(folder) as alone:
+    with _locked(folder, (*blobs, MANIFEST_FILE)):
         try:
             found = _load(folder)
         except DataError:  # half copied, or damaged
             return False
         if found and found.user_supplied:
             return False
-        if alone:
-            remove_temporary(folder, [*blobs, MANIFEST_FILE])
         for name in blobs:
             (folder / name).unlink(missing_ok=True)
-        _replace_files(folder, manifest)
+        _replace_files(folder, manifest)  # on the disk before the pair, also after a power loss
         _replace_files(folder, blobs)
     return True
 
@@ -592,13 +566,8 @@ def rank_correlation(x: np.ndarray, reference: np.ndarray) -> np.ndarray:
 def encoder_mismatch(mean: np.ndarray, reference: np.ndarray, lowest: float) -> str | None:
     """Why features with this mean, (D,), are certainly not of the encoder of a data set; None if they may be.
 
-    Parameters
-    ----------
-    reference
-        Mean of the data set, (D,).
-    lowest
-        The lowest rank correlation of an utterance of the data set with it. Features that were normalised have no
-        common mean; then it is low, and nothing can be decided.
+    `reference`, (D,), is the mean of the data set, and `lowest` the lowest rank correlation of an utterance of the set
+    with it. Features that were normalised have no common mean; then it is low, and nothing can be decided.
     """
     similarity = float(rank_correlation(mean[None], reference)[0])
     if lowest < 0.2 or similarity > lowest / 3:
@@ -685,85 +654,50 @@ class Counts(NamedTuple):
         confusion = np.asarray(confusion, np.float64)
         return cls(np.diagonal(confusion, axis1=-2, axis2=-1), confusion.sum(-1), confusion.sum(-2))
 
+    def of_majority(self) -> "Counts":
+        """Those of always predicting the most frequent label; its `ua` is 1 / the number of classes present."""
+        majority = np.arange(len(self.labelled)) == self.labelled.argmax()
+        return Counts(majority * self.labelled, self.labelled, majority * self.labelled.sum())
+
+    def class_scores(self) -> dict[str, np.ndarray]:
+        """`recall`, `precision` and `f1` of each class, shape (..., C); 0 without a label or prediction of it."""
+        return {
+            "recall": self.correct / np.maximum(self.labelled, 1),
+            "precision": self.correct / np.maximum(self.predicted, 1),
+            "f1": 2 * self.correct / np.maximum(self.labelled + self.predicted, 1),
+        }
+
     def scores(self) -> dict[str, np.ndarray]:
-        present = self.labelled > 0
-        classes = present.sum(-1)
-        # 0 / 0 in absent classes is replaced by np.where; without any utterance the scores are NaN.
-        with np.errstate(invalid="ignore", divide="ignore"):
-            recall = np.where(present, self.correct / self.labelled, 0)
-            f1 = np.where(present, 2 * self.correct / (self.labelled + self.predicted), 0)
+        """`ua` (unweighted accuracy: the mean recall), `wa` (the share of correct predictions) and `macro_f1`.
+
+        Fractions of shape (...). Classes without a labelled utterance are left out of the means; the scores of no
+        utterance are NaN.
+        """
+        classes = (self.labelled > 0).sum(-1)
+        by_class = self.class_scores()
+        with np.errstate(invalid="ignore"):
             return {
-                "ua": recall.sum(-1) / classes,
+                "ua": by_class["recall"].sum(-1) / classes,
                 "wa": self.correct.sum(-1) / self.labelled.sum(-1),
-                "macro_f1": f1.sum(-1) / classes,
+                "macro_f1": by_class["f1"].sum(-1) / classes,
             }
 
 
-def scores(confusion: np.ndarray) -> dict[str, np.ndarray]:
-    """Scores of confusion matrices.
+def group_counts(group: list, label: np.ndarray, predicted: np.ndarray, classes: int) -> tuple[list, Counts]:
+    """The sorted names of G groups, and the counts of each, shape (G, C).
 
-    Parameters
-    ----------
-    confusion
-        Shape (..., C, C), rows are labels.
-
-    Returns
-    -------
-    dict
-        `ua` (unweighted accuracy: the mean recall), `wa` (weighted accuracy: the share of correct predictions) and
-        `macro_f1`, as fractions of shape (...). Classes without a labelled utterance are left out of the means.
+    Group, class and predicted class of each utterance have shape (N,); those whose group is None are left out.
     """
-    return Counts.of(confusion).scores()
-
-
-def class_scores(confusion: np.ndarray, classes: tuple[str, ...]) -> dict[str, dict[str, float]]:
-    """`recall`, `precision` and `f1` of each class by its name; 0 without a label or a prediction of the class.
-
-    Parameters
-    ----------
-    confusion
-        Shape (C, C), rows are labels.
-    """
-    correct, labelled, predicted = confusion.diagonal(), confusion.sum(1), confusion.sum(0)
-    values = {
-        "recall": correct / np.maximum(labelled, 1),
-        "precision": correct / np.maximum(predicted, 1),
-        "f1": 2 * correct / np.maximum(labelled + predicted, 1),
-    }
-    return {name: dict(zip(classes, scores.tolist())) for name, scores in values.items()}
-
-
-def majority_scores(confusion: np.ndarray) -> dict[str, np.ndarray]:
-    """The `scores` of always predicting the most frequent label; its `ua` is 1 / the number of classes present.
-
-    Parameters
-    ----------
-    confusion
-        Shape (C, C), rows are labels.
-    """
-    labelled = np.sum(confusion, 1)
-    majority = labelled.argmax()
-    always = np.zeros_like(confusion)
-    always[:, majority] = labelled
-    return scores(always)
-
-
-def group_counts(group: list[str], label: np.ndarray, predicted: np.ndarray, classes: int) -> tuple[list[str], Counts]:
-    """The sorted names of the groups, and the counts of each, shape (G, C).
-
-    Parameters
-    ----------
-    group, label, predicted
-        Group, class and predicted class of each utterance, shape (N,).
-    """
-    names, index = np.unique(group, return_inverse=True)
-    shape = len(names), classes
-
-    def count(label: np.ndarray, rows: np.ndarray | slice = slice(None)) -> np.ndarray:
-        cell = index.reshape(-1)[rows] * classes + label[rows]
-        return np.bincount(cell, minlength=math.prod(shape)).reshape(shape)
-
-    return names.tolist(), Counts(count(label, label == predicted), count(label), count(predicted))
+    known = [place for place, name in enumerate(group) if name is not None]
+    names, index = np.unique([group[place] for place in known], return_inverse=True)
+    index = index.reshape(-1)  # some versions of numpy keep an axis
+    label, predicted = label[known], predicted[known]
+    correct = label == predicted
+    parts = []
+    for group_of, class_of in ((index[correct], label[correct]), (index, label), (index, predicted)):
+        cells = np.bincount(group_of * classes + class_of, minlength=len(names) * classes)
+        parts.append(cells.reshape(len(names), classes))
+    return names.tolist(), Counts(*parts)
 
 
 def speaker_intervals(counts: Counts) -> dict[str, tuple[float, float]]:
@@ -774,12 +708,7 @@ def speaker_intervals(counts: Counts) -> dict[str, tuple[float, float]]:
     10): they neither correct the deviation for the sample size nor know that it is itself uncertain. The jackknife
     (Tukey 1958; Miller 1974, "The jackknife: a review") with G - 1 degrees of freedom does both, without random
     numbers. Log odds, because scores near 1 are skewed, and an interval must not leave 0 to 1. Below `FEW_SPEAKERS` an
-    interval means little, however wide; with one speaker it is 0 to 1.
-
-    Parameters
-    ----------
-    counts
-        Of each speaker, shape (G, C).
+    interval means little, however wide; with one speaker it is 0 to 1. The counts of each speaker have shape (G, C).
     """
     groups = len(counts.labelled)
     total = Counts(*(part.sum(0) for part in counts))
@@ -824,29 +753,11 @@ def _student_t(freedom: int) -> float:
     return z + sum(term / freedom**power for power, term in enumerate(terms, 1))
 
 
-def group_scores(
-    group: list[str | None], label: np.ndarray, predicted: np.ndarray, classes: int
-) -> dict[str, dict[str, float]]:
-    """Count `n` and the `scores` of each group; utterances whose group is None are left out.
-
-    Parameters
-    ----------
-    group, label, predicted
-        Group, class and predicted class of each utterance, shape (N,).
-    """
-    known = [row for row, name in enumerate(group) if name is not None]
-    if not known:
-        return {}
-    known_group = [group[row] for row in known]
-    names, counts = group_counts(known_group, label[known], predicted[known], classes)
+def group_scores(names: list, counts: Counts) -> dict[str, dict[str, float]]:
+    """Number of utterances `n` and scores of each group, by its name."""
     columns = {"n": counts.labelled.sum(1)} | counts.scores()
     rows = zip(*(values.tolist() for values in columns.values()))
     return {name: dict(zip(columns, row)) for name, row in zip(names, rows)}
-
-
-def _plain(values: dict[str, np.ndarray]) -> dict[str, float]:
-    """Python floats, for JSON."""
-    return {name: float(value) for name, value in values.items()}
 
 
 def evaluate(
@@ -854,37 +765,35 @@ def evaluate(
 ) -> dict:
     """Compute the metrics that follow from labels, logits, speakers and folds, ready for metrics.json.
 
-    Parameters
-    ----------
-    label, speaker, fold
-        Class, speaker and test fold of each utterance, shape (N,); all folds are 0 where there is one test set.
-    logits
-        Calibrated, shape (N, C).
+    Class, speaker and test fold of each utterance have shape (N,), the calibrated logits (N, C). All folds are 0 where
+    there is one test set.
 
     Returns
     -------
     dict
         `ua`, `wa`, `macro_f1` with `..._ci95` and `majority_...`, `chance_ua`, `classes`, `n_utterances`, `confusion`,
-        `ece`, `reliability`, `speakers` by name, and `folds` in order, and the `class_scores`.
+        `ece`, `reliability`, `speakers` by name, `folds` in order, and the scores of each class by its name.
     """
     count = len(classes)
     probability = probabilities(logits)
     predicted = probability.argmax(1)
-    _, by_speaker = group_counts(speaker, label, predicted, count)
     confusion = confusion_matrix(label, predicted, count)
-    metrics = _plain(scores(confusion))
+    total = Counts.of(confusion)
+    speakers, by_speaker = group_counts(speaker, label, predicted, count)
+    by_fold = group_scores(*group_counts(fold.tolist(), label, predicted, count))
+    metrics = {name: float(score) for name, score in total.scores().items()}
     metrics |= {f"{name}_ci95": list(interval) for name, interval in speaker_intervals(by_speaker).items()}
-    metrics |= {f"majority_{name}": value for name, value in _plain(majority_scores(confusion)).items()}
+    metrics |= {f"majority_{name}": float(score) for name, score in total.of_majority().scores().items()}
     return metrics | {
         "chance_ua": 1 / count,
         "classes": list(classes),
-        **class_scores(confusion, classes),
+        **{name: dict(zip(classes, values.tolist())) for name, values in total.class_scores().items()},
         "n_utterances": len(label),
         "confusion": confusion.tolist(),
-        "speakers": group_scores(speaker, label, predicted, count),
-        "folds": list(group_scores(fold.tolist(), label, predicted, count).values()),
+        "speakers": group_scores(speakers, by_speaker),
+        "folds": list(by_fold.values()),
         "ece": expected_calibration_error(probability, label),
-        "reliability": _reliability_rows(probability, label),
+        "reliability": reliability(probability, label),
     }
 
 
@@ -920,23 +829,16 @@ def balanced_blocks(group: np.ndarray, label: np.ndarray, blocks: int, seed: int
 # --- calibration --------------------------------------------------------------------------------------------------
 
 
-def reliability(probability: np.ndarray, label: np.ndarray, bins: int = 15) -> dict[str, np.ndarray]:
-    """Confidence against accuracy in bins of equal width.
+def reliability(probability: np.ndarray, label: np.ndarray, bins: int = 15) -> list[dict[str, float]]:
+    """Confidence against accuracy in bins of equal width; probability (N, C), label (N,).
 
     The confidence of a prediction is its largest probability. A bin excludes its lower edge and includes its upper one.
 
-    Parameters
-    ----------
-    probability
-        Shape (N, C).
-    label
-        Class of each utterance, shape (N,).
-
     Returns
     -------
-    dict
-        `low` and `high` edges, the count `n`, mean `confidence` and `accuracy` of each bin, shape (bins,); the last
-        two are NaN in an empty bin.
+    list
+        For each bin its edges `low` and `high`, the count `n`, the mean `confidence` and the `accuracy`; the last two
+        are NaN in an empty bin.
     """
     confidence = probability.max(1)
     correct = probability.argmax(1) == label
@@ -945,19 +847,9 @@ def reliability(probability: np.ndarray, label: np.ndarray, bins: int = 15) -> d
     n = np.bincount(index, minlength=bins)
     edges = np.arange(bins + 1) / bins
     with np.errstate(invalid="ignore"):  # 0 / 0 in an empty bin
-        return {
-            "low": edges[:-1],
-            "high": edges[1:],
-            "n": n,
-            "confidence": np.bincount(index, confidence, bins) / n,
-            "accuracy": np.bincount(index, correct, bins) / n,
-        }
-
-
-def _reliability_rows(probability: np.ndarray, label: np.ndarray) -> list[dict]:
-    """The bins of `reliability`, one dict each."""
-    columns = {name: values.tolist() for name, values in reliability(probability, label).items()}
-    return [dict(zip(columns, row)) for row in zip(*columns.values())]
+        means = [np.bincount(index, values, bins) / n for values in (confidence, correct)]
+    rows = zip(*(values.tolist() for values in (edges[:-1], edges[1:], n, *means)))
+    return [dict(zip(("low", "high", "n", "confidence", "accuracy"), row)) for row in rows]
 
 
 def expected_calibration_error(probability: np.ndarray, label: np.ndarray, bins: int = 15) -> float:
@@ -967,9 +859,8 @@ def expected_calibration_error(probability: np.ndarray, label: np.ndarray, bins:
     in Guo, Pleiss, Sun and Weinberger 2017, "On calibration of modern neural networks".
     """
     curve = reliability(probability, label, bins)
-    gap = np.abs(curve["accuracy"] - curve["confidence"])
-    n = curve["n"]
-    return float(np.nansum(n * gap) / n.sum())
+    gaps = [row["n"] * abs(row["accuracy"] - row["confidence"]) for row in curve]
+    return float(np.nansum(gaps) / len(label))
 
 
 # --- the linear part of a model, and the weights of both parts ----------------------------------------------------
@@ -987,12 +878,7 @@ def fit_lda(x: np.ndarray, label: np.ndarray, classes: int) -> tuple[np.ndarray,
     eigendecomposition, of the smaller of the two Gram matrices (D x D, or N x N by the Woodbury identity). It costs as
     much as one solve per shrinkage if D < N, and a fraction of that if D > N.
 
-    Parameters
-    ----------
-    x
-        Normalised features, float32, shape (N, D).
-    label
-        Class of each row, shape (N,).
+    `x` are normalised features, float32, shape (N, D); `label`, (N,), is the class of each row.
 
     Returns
     -------
@@ -1065,21 +951,12 @@ def fit_ensemble_weights(
     the part with the smaller loss gets the larger share. Finally the sum is calibrated. Weights fitted jointly would be
     optimal for single seeds, but the seeds are averaged, and the hidden layers gain more from that.
 
-    Parameters
-    ----------
-    hidden
-        Logits of the hidden layer of each seed for its validation utterances, shape (n, C).
-    linear
-        Logits of the linear part, shape (shrinkages, n, C).
-    label
-        Class of those utterances, shape (n,).
+    For the n validation utterances of each seed, `hidden` has logits (n, C), `linear` has logits (shrinkages, n, C),
+    and `label` has classes (n,).
     """
     weights = (0.0, *LOGIT_WEIGHTS)
     hidden_loss, hidden_weight = _best_weight(hidden, label, weights)
-    candidates = []
-    for index in range(len(linear[0])):
-        logits = [seed[index] for seed in linear]
-        candidates.append(_best_weight(logits, label, weights))
+    candidates = [_best_weight(list(logits), label, weights) for logits in zip(*linear)]  # of each shrinkage
     shrinkage = min(range(len(candidates)), key=lambda index: candidates[index][0])
     linear_loss, linear_weight = candidates[shrinkage]
     loss_ratio = hidden_loss / max(linear_loss, 1e-9)  # a perfect linear part has a loss of 0

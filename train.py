@@ -92,14 +92,13 @@ ARTIFACT_VERSION = 5  # of config.json and model.npz
 TRAINING_VERSION = 6  # raised when old checkpoints would continue differently, so that they are refused
 MAX_MISTAKES = 10  # in metrics.json and the report
 SCORES = {"ua": "UA (mean recall)", "wa": "WA (accuracy)", "macro_f1": "macro F1"}
-NOT_INDEPENDENT = "NOT speaker-independent: training and test may share speakers; the scores are optimistic"
 MAX_NUMBER, MAX_UNITS, MAX_MODELS = 1_000_000, 1 << 20, 20_000  # epochs and the like; hidden units of all seeds; models
 MAX_DESCRIPTION, MAX_MODEL = 1 << 24, 1 << 30  # bytes of config.json and of model.npz
 PREDICTIONS = ("predictions.csv", "skipped.csv", "fusion.npz")  # files that --predict writes
 RESULTS = (  # files that a run writes
     *PREDICTIONS,
     *("config.json", "model.npz", "metrics.json", "report.html", "history.csv", "confusion.csv", "train.log"),
-    *(stats.MEAN_FILE, stats.STD_FILE, "lock"),
+    *(stats.MEAN_FILE, stats.STD_FILE),
 )
 
 
@@ -281,17 +280,22 @@ def scan_features(config: Config, run: Path) -> check_data.Scan:
 
 
 def log_scan_progress():
+    """A function that logs how many files have been read: a line every two seconds, otherwise only for the bar."""
     last = time.monotonic()
 
     def progress(n_read: int, n_files: int) -> None:
         nonlocal last
-        is_due = time.monotonic() - last > 2
-        if is_due:
-            last = time.monotonic()
-        level = logging.INFO if is_due else logging.DEBUG
+        level = logging.DEBUG
+        if time.monotonic() - last > 2:
+            last, level = time.monotonic(), logging.INFO
         log.log(level, "read %d files", n_read, extra={"share": n_read / n_files})
 
     return progress
+
+
+def plain_console(**options) -> Console:
+    """A console that takes texts as they are: many of them have the names of files."""
+    return Console(markup=False, emoji=False, highlight=False, force_jupyter=False, **options)
 
 
 class LiveLog(logging.Handler):
@@ -304,14 +308,15 @@ class LiveLog(logging.Handler):
     def __init__(self):
         super().__init__()
         self.message, self.share, self.started = "starting", None, time.monotonic()
-        self.console = Console(stderr=True, markup=False, emoji=False, highlight=False, force_jupyter=False)
+        self.console = plain_console(stderr=True)
         self.console.show_cursor = lambda show=True: True  # rich would hide it
         self.live = Live(get_renderable=self.draw, console=self.console, transient=True, redirect_stdout=False)
 
     def emit(self, record: logging.LogRecord) -> None:
         share = getattr(record, "share", None)
         if share is None and record.levelno > logging.DEBUG:
-            self.console.print(self.format(record), soft_wrap=True)
+            with contextlib.suppress(OSError):  # the terminal is gone, which must not end the run
+                self.console.print(self.format(record), soft_wrap=True)
         else:
             self.message, self.share = self.format(record), share
 
@@ -332,48 +337,42 @@ def live_log():
     plain, root.handlers = root.handlers, [handler]
     log.setLevel(logging.DEBUG)
     try:
-        with handler.live:
-            yield handler.live
+        handler.live.start()
+        yield handler.live
     finally:
         root.handlers = plain
         log.setLevel(logging.INFO)
+        with contextlib.suppress(OSError):  # the terminal is gone
+            handler.live.stop()
 
 
 def check_output_folder(run: Path, directory: Path) -> None:
     """Keep results out of the features, and away from files that are not of a run on the same data."""
-    name = printable(str(run))
-    check_not_features(run, directory)
-    if os.path.lexists(run / "config.json"):
-        try:
-            config = json.loads(stats.read_bytes(run / "config.json", MAX_DESCRIPTION))
-            data, _ = config["data"], config["format"]
-        except (ValueError, LookupError, TypeError, RecursionError):
-            raise UsageError(f"{name} holds a config.json that is not of a run; choose another --out") from None
-        if data != str(directory.resolve()):
-            other = printable(str(data))
-            raise UsageError(f"{name} holds the results for {other}; choose another --out, or remove them")
-    elif not (run / "lock").is_file() or not (run / "train.log").is_file():  # of a run that is not finished
-        check_none_exists(run, RESULTS)
+    data = None
+    with contextlib.suppress(ValueError, LookupError, TypeError, RecursionError):
+        config = json.loads(stats.read_bytes(run / "config.json", MAX_DESCRIPTION))
+        data, _ = config["data"], config["format"]
+    unfinished = (run / "lock").is_file() and (run / "train.log").is_file() and not os.path.lexists(run / "config.json")
+    check_folder(run, directory, RESULTS, is_ours=unfinished or data is not None)
+    if data not in (None, str(directory.resolve())):
+        name, other = printable(str(run)), printable(str(data))
+        raise UsageError(f"{name} holds the results for {other}; choose another --out, or remove them")
 
 
-def check_not_features(out: Path, directory: Path) -> None:
-    """Refuse an output folder that is no folder, or among the features of a folder."""
+def check_folder(out: Path, features: Path, files: tuple[str, ...], is_ours: bool) -> None:
+    """Refuse an output folder that is none, is among the features, or has such files that are not ours."""
     name = printable(str(out))
     if not os.path.lexists(out):
         return
     if not out.is_dir():
         raise UsageError(f"--out {name} is not a folder; choose another")
-    inside = Path(os.path.realpath(directory)) in Path(os.path.realpath(out)).parents
-    same = directory.exists() and os.path.samefile(out, directory)
+    inside = Path(os.path.realpath(features)) in Path(os.path.realpath(out)).parents
+    same = features.exists() and os.path.samefile(out, features)
     if same or check_data.holds_features(out, subfolders=inside):
         raise UsageError(f"--out {name} is the folder of the features, or has some of them; choose another")
-
-
-def check_none_exists(out: Path, names) -> None:
-    """Refuse an output folder in which files of other programs would be replaced."""
-    found = [name for name in names if os.path.lexists(out / name)]
-    if found:
-        raise UsageError(f"{printable(str(out))} holds a {found[0]} that is not of this program; choose another --out")
+    found = [file for file in files if os.path.lexists(out / file)]
+    if found and not is_ours:
+        raise UsageError(f"{name} holds a {found[0]} that is not of this program; choose another --out")
 
 
 def package_versions():
@@ -442,15 +441,6 @@ class Dataset(NamedTuple):
             else:
                 start = self.frames.first[place]
                 yield self.frames.rows[start : start + self.length[place]] + self.x[place]
-
-    def select(self, mask) -> "Dataset":
-        """The utterances that a bool mask, shape (N,), selects."""
-        if mask.all():
-            return self
-        frames = self.frames and self.frames._replace(first=self.frames.first[mask])
-        utterances = [self.utterances[place] for place in np.flatnonzero(mask)]
-        moments = stats.Moments(*(values[mask] for values in self.moments))
-        return Dataset(self.x[mask], self.length[mask], self.label[mask], self.classes, utterances, moments, frames)
 
 
 def pack(scan: check_data.Scan, pooling: str = "attentive") -> Dataset:
@@ -545,16 +535,16 @@ def make_split(dataset: Dataset, config: Config) -> Split:
         train += [rest & ~mask for mask in held_out]
         validation += [mask & folds.original for mask in held_out]
     split = Split(
-        config.folds,
-        config.sweep,
-        config.seeds,
-        folds.fold,
-        folds.original & (folds.fold >= 0),
-        np.array(train),
-        np.array(validation),
-        folds.speaker,
-        folds.independent,
-        notes,
+        scheme=config.folds,
+        settings=config.sweep,
+        seeds=config.seeds,
+        fold=folds.fold,
+        scored=folds.original & (folds.fold >= 0),
+        train=np.array(train),
+        validation=np.array(validation),
+        speaker=folds.speaker,
+        independent=folds.independent,
+        notes=notes,
     )
     check_disjoint(split)
     return split._replace(notes=notes + untrained_classes(dataset, split))
@@ -1122,14 +1112,9 @@ def stack_members(split: Split, rows, settings, devices: int) -> Member:
     size = len(settings) * len(split.train)
     slot = np.arange(-(-size // devices) * devices, dtype=np.int32)
     setting, row = np.divmod(np.minimum(slot, size - 1), len(split.train))  # clipped: padding repeats the last one
-    group = setting * (split.folds + 1) + row // split.seeds
-    hyper = [np.array(values, np.float32)[setting] for values in zip(*settings)]
-    return Member(
-        row,
-        np.where(slot < size, group, np.int32(-1)),
-        *(values[row] for values in rows),
-        Hyperparameters(*hyper),
-    )
+    group = np.where(slot < size, setting * (split.folds + 1) + row // split.seeds, np.int32(-1))
+    hyper = Hyperparameters(*(np.array(values, np.float32)[setting] for values in zip(*settings)))
+    return Member(row, group, *(values[row] for values in rows), hyper)
 
 
 def strata(chosen, dataset: Dataset, batch: int):
@@ -1514,9 +1499,11 @@ def train(experiment: Experiment, run: "RunFolder | None" = None) -> Trained:
     with concurrent.futures.ThreadPoolExecutor(workers) as executor:
         ensembles, weights = zip(*executor.map(finish, range(split.folds + 1)))
     choices = []
-    for setting, chosen_weights in zip(chosen, weights):
+    for setting, chosen_weights in zip(chosen.tolist(), weights):
         choice = chosen_weights._asdict() | {"shrinkage": stats.SHRINKAGES[chosen_weights.shrinkage]}
-        choices.append(choice | ({"setting": int(setting) + 1} | settings[setting]._asdict() if sweep else {}))
+        if sweep:
+            choice |= {"setting": setting + 1} | settings[setting]._asdict()
+        choices.append(choice)
     answers = answer_tests(dataset, split, ensembles, weights)
     if not np.isfinite(answers.logits).all():
         raise TrainingError(
@@ -1562,10 +1549,11 @@ def choose_settings(best_loss, split: Split, settings):
 def evaluate(experiment: Experiment, trained: Trained) -> dict:
     """All of metrics.json that follows from the out-of-fold predictions."""
     _, dataset, split, stored = experiment
-    scored, dataset = split.scored, dataset.select(split.scored)
+    scored = split.scored
+    label, utterances = dataset.label[scored], list(itertools.compress(dataset.utterances, scored))
     logits, temperature, _ = trained.answers
-    metrics = stats.evaluate(dataset.label, logits, split.speaker[scored], split.fold[scored], dataset.classes)
-    metrics |= error_analysis(dataset, stats.probabilities(logits))
+    metrics = stats.evaluate(label, logits, split.speaker[scored], split.fold[scored], dataset.classes)
+    metrics |= error_analysis(utterances, label, stats.probabilities(logits), dataset.classes)
     uncalibrated = stats.probabilities(logits * temperature[:, None])
     folds = [fold_report(split, fold, trained) | scores for fold, scores in enumerate(metrics["folds"])]
     notes = list(split.notes)
@@ -1578,13 +1566,13 @@ def evaluate(experiment: Experiment, trained: Trained) -> dict:
     if trained.sweep:
         metrics["sweep"] = trained.sweep
     return metrics | {
-        "n_speakers": len({utterance.speaker for utterance in dataset.utterances} - {None}),
+        "n_speakers": len({utterance.speaker for utterance in utterances} - {None}),
         "speaker_independent": split.independent,
         "fold_scheme": split.scheme,
         "folds": folds,
         "statistics": "supplied by the user" if stored.user_supplied else "of the training speakers",
         "notes": notes,
-        "ece_uncalibrated": stats.expected_calibration_error(uncalibrated, dataset.label),
+        "ece_uncalibrated": stats.expected_calibration_error(uncalibrated, label),
         "curves": learning_curves(trained),
     }
 
@@ -1607,19 +1595,18 @@ def fold_report(split: Split, fold: int, trained: Trained):
     }
 
 
-def error_analysis(dataset: Dataset, probability) -> dict:
+def error_analysis(utterances, label, probability, classes) -> dict:
     """Scores by corpus, gender and intensity, and the mistakes with the highest confidence."""
     predicted, confidence = probability.argmax(1), probability.max(1)
     groups = {}
     for field in ("corpus", "gender", "intensity"):
-        group = [getattr(utterance, field) for utterance in dataset.utterances]
-        groups[field] = stats.group_scores(group, dataset.label, predicted, len(dataset.classes))
-    wrong = np.flatnonzero(predicted != dataset.label)
-    wrong = wrong[np.argsort(-confidence[wrong], kind="stable")]
+        group = [getattr(utterance, field) for utterance in utterances]
+        groups[field] = stats.group_scores(*stats.group_counts(group, label, predicted, len(classes)))
+    order = np.argsort(-confidence, kind="stable")
     mistakes = []
-    for place in wrong[:MAX_MISTAKES]:
-        utterance = dataset.utterances[place]
-        mistake = {"file": utterance.file, "label": utterance.emotion, "predicted": dataset.classes[predicted[place]]}
+    for place in order[(predicted != label)[order]][:MAX_MISTAKES]:
+        utterance = utterances[place]
+        mistake = {"file": utterance.file, "label": utterance.emotion, "predicted": classes[predicted[place]]}
         mistakes.append(mistake | {"confidence": float(confidence[place])})
     return {"groups": groups, "confident_mistakes": mistakes}
 
@@ -1655,11 +1642,13 @@ def save_run(run: "RunFolder", scan: check_data.Scan, experiment: Experiment, tr
     kill in between leaves the checkpoints: the same command finishes again, with the same results.
     """
     _, dataset, split, stored = experiment
-    model = model_bytes(trained.ensembles[-1])
+    classes, final = dataset.classes, trained.ensembles[-1]
+    params = {f"params/{name}": leaf for name, leaf in final.params.items()}
+    # All seeds of the final model share its mean and scale.
+    model = stats.npz_bytes({"mean": final.mean[0], "scale": final.scale[0]} | params)
     # After a kill between two renames, or if files of two runs are mixed, they do not belong together.
     config = describe_model(scan, experiment, trained) | {"model": hashlib.sha256(model).hexdigest()}
-    classes, final = dataset.classes, trained.ensembles[-1]
-    utterances, folds = dataset.select(split.scored).utterances, split.fold[split.scored]
+    utterances, folds = list(itertools.compress(dataset.utterances, split.scored)), split.fold[split.scored]
     predictions = []
     for utterance, fold, row in zip(utterances, folds, stats.probabilities(trained.answers.logits)):
         names = {"file": utterance.file, "corpus": utterance.corpus, "speaker": utterance.speaker or ""}
@@ -1707,19 +1696,7 @@ def describe_model(scan: check_data.Scan, experiment: Experiment, trained: Train
     }
 
 
-def model_bytes(final: Ensemble) -> memoryview:
-    """model.npz: the parameters, and the mean and scale that all seeds of the final model share."""
-    params = {f"params/{name}": leaf for name, leaf in final.params.items()}
-    return stats.npz_bytes({"mean": final.mean[0], "scale": final.scale[0]} | params)
-
-
-def fusion_bytes(
-    utterances,
-    classes,
-    answers: Answers,
-    final: Ensemble,
-    fold=0,
-) -> memoryview:
+def fusion_bytes(utterances, classes, answers: Answers, final: Ensemble, fold=0) -> memoryview:
     """fusion.npz: what a fusion with other modalities needs, a row for each utterance. README has the contract.
 
     Its logits are those before calibration.
@@ -1762,18 +1739,12 @@ def report_text(metrics, page: Path, file) -> str:
     width = max(80, 24 + 7 * len(metrics["classes"]))
     if file is sys.stdout and file.isatty():
         width = max(60, shutil.get_terminal_size().columns)
-    console = Console(
-        file=file,
-        width=width,
-        height=25,  # without it rich takes a dumb terminal to be 80 wide
-        color_system="auto" if file is sys.stdout else None,
-        markup=False,  # many of the texts are file names
-        emoji=False,
-        highlight=False,
-        force_jupyter=False,
-    )
+    colours = "auto" if file is sys.stdout else None
+    # Without a height rich takes a dumb terminal to be 80 wide.
+    console = plain_console(file=file, width=width, height=25, color_system=colours)
+    method, size = report_heading(metrics)
     with console.capture() as captured:  # if rich wrote it, a closed pipe would end the program with status 1
-        console.print(f"\n{report_heading(metrics)}\n", soft_wrap=True)
+        console.print(f"\n{method}\n{size}\n", soft_wrap=True)
         console.print(score_table(metrics), "")
         console.print(*confusion_table(metrics, width), "")
         console.print(note_grid(metrics))
@@ -1782,7 +1753,8 @@ def report_text(metrics, page: Path, file) -> str:
     return re.sub(r" +(?=(\x1b\[[0-9;]*m)*$)", "", captured.get(), flags=re.MULTILINE)  # rich fills its tables
 
 
-def report_heading(metrics) -> str:
+def report_heading(metrics) -> tuple[str, str]:
+    """The method of evaluation, and the size of the data."""
     folds, classes = len(metrics["folds"]), len(metrics["classes"])
     if folds == 1:  # the test set of the user's table
         method = f"one test set, {'' if metrics['speaker_independent'] else 'NOT '}speaker-independent"
@@ -1794,7 +1766,7 @@ def report_heading(metrics) -> str:
     if not scheme.isdecimal():
         method += f" ({scheme})"
     speakers = "1 speaker" if metrics["n_speakers"] == 1 else f"{metrics['n_speakers']} speakers"
-    return f"{method}\n{metrics['n_utterances']} utterances, {speakers}, {classes} classes"
+    return method, f"{metrics['n_utterances']} utterances, {speakers}, {classes} classes"
 
 
 def new_table(*columns: str) -> Table:
@@ -1808,21 +1780,24 @@ def new_table(*columns: str) -> Table:
 
 def score_table(metrics) -> Table:
     table = new_table("measure", "  score", "    95 % interval", " chance", " majority")
-    for name, title in SCORES.items():
-        chance = decimal(metrics["chance_ua"]) if name == "ua" else ""
-        majority = decimal(metrics[f"majority_{name}"])
-        table.add_row(title, decimal(metrics[name]), interval(metrics, name, decimal), chance, majority)
+    for row in score_rows(metrics, decimal):
+        table.add_row(*row)
     return table
+
+
+def score_rows(metrics, form):
+    """Title, score, 95 % interval, chance (of UA alone) and score of the majority class, as texts."""
+    rows = []
+    for name, title in SCORES.items():
+        low, high = metrics[f"{name}_ci95"]
+        interval = f"{form(low)} to {form(high)}" if is_number(low) and is_number(high) else "-"
+        chance = form(metrics["chance_ua"]) if name == "ua" else ""
+        rows.append((title, form(metrics[name]), interval, chance, form(metrics[f"majority_{name}"])))
+    return rows
 
 
 def decimal(value: float | None, digits: int = 4) -> str:
     return f"{value:.{digits}f}" if is_number(value) else "-"
-
-
-def interval(metrics, name: str, form) -> str:
-    """The 95 % interval of a score; with too few speakers there is none."""
-    bounds = metrics[f"{name}_ci95"] or [None]
-    return " to ".join(map(form, bounds)) if all(map(is_number, bounds)) else "-"
 
 
 def is_number(value: float | None) -> bool:
@@ -1908,9 +1883,10 @@ body { max-width: 1240px; margin: auto; padding: clamp(12px, 3vw, 40px); backgro
 h1 { margin: 0; font-size: 1.6rem; line-height: 1.25 }
 h2 { margin: 2.2em 0 .6em; font-size: 1.1rem; break-after: avoid }
 p { margin: .3em 0 }
-small, dt, thead th { color: var(--soft) }
+small, thead th { color: var(--soft) }
 .card, figure { margin: 0 0 14px; padding: 14px 16px; background: var(--card); border: 1px solid var(--line);
   border-radius: 10px; break-inside: avoid }
+.card { container-type: inline-size }
 .warn { background: var(--warn); font-weight: 600 }
 .grid { display: grid; grid-template-columns: repeat(auto-fit, minmax(200px, 1fr)); gap: 0 14px; margin-top: 18px }
 .grid b { display: block; font-size: 2.3rem; font-weight: 600; line-height: 1.3 }
@@ -1931,7 +1907,6 @@ circle { fill: var(--mark) }
 table { width: 100%; border-collapse: collapse; line-height: 1.35 }
 td, th { min-width: 5em; padding: 5px 8px 5px 0; text-align: left; vertical-align: top;
   border-top: 1px solid var(--line) }
-.matrix { container-type: inline-size }
 .heat { margin-top: 8px; table-layout: fixed; font-size: min(14px, 26cqw / var(--classes)); line-height: 1.2 }
 .heat td, .heat th { min-width: 0; padding: .35em .1em; border: .07em solid var(--card); text-align: center;
   vertical-align: middle; overflow: hidden; text-overflow: ellipsis; white-space: nowrap }
@@ -1940,9 +1915,7 @@ td, th { min-width: 5em; padding: 5px 8px 5px 0; text-align: left; vertical-alig
 .heat small { display: block; color: inherit }
 .right { background: color-mix(in srgb, var(--right) var(--depth), transparent) }
 .wrong { background: color-mix(in srgb, var(--wrong) var(--depth), transparent) }
-dl { display: grid; grid-template-columns: fit-content(30%) 1fr; gap: 4px 14px; margin: 0 }
-dd { margin: 0 }
-summary { cursor: pointer; font-weight: 600 }
+summary { margin: 14px 0; cursor: pointer; font-weight: 600 }
 @page { size: A4; margin: 13mm }
 @media print { body { padding: 0; background: none; font-size: 12px } }
 </style>
@@ -1958,11 +1931,12 @@ def report_html(metrics) -> bytes:
     """Everything as a page that needs no other file, no script and no network."""
     metrics = without_folders(metrics)
     title = f"Speech emotion recognition: {metrics['settings'].get('directory', 'report')}"
-    method, size = report_heading(metrics).splitlines()
+    method, size = report_heading(metrics)
     body = [f"<h1>{escape(title)}</h1><p>{escape(method)}</p><p><small>{escape(size)}</small></p>"]
     if not metrics["speaker_independent"]:
-        body.append(f"<p class='card warn'>{NOT_INDEPENDENT}</p>")
-    body.append(f"<div class=grid>{''.join(tile(metrics, name) for name in SCORES)}</div>")
+        warning = "NOT speaker-independent: training and test may share speakers; the scores are optimistic"
+        body.append(f"<p class='card warn'>{warning}</p>")
+    body.append(f"<div class=grid>{''.join(tiles(metrics))}</div>")
     body.append(f"<p class=card>{escape(citation(metrics))}</p>")
     body += [f"<p class=card>Note: {escape(note)}</p>" for note in metrics["notes"]]
     body += [f"<h2>{heading}</h2>{content}" for heading, content in page_sections(metrics) if content]
@@ -1970,14 +1944,15 @@ def report_html(metrics) -> bytes:
     if metrics["arrays"]:  # NPY files have no names of arrays
         run |= {"array": listed(metrics["arrays"])}
     for heading, values in (("Settings", metrics["settings"]), ("Run and versions", run)):
-        body.append(f"<details class=card><summary>{heading}</summary>{facts(values)}</details>")
+        body.append(f"<details><summary>{heading}</summary>{page_table((), values.items())}</details>")
     return PAGE.substitute(title=escape(title), body="\n".join(body)).encode()
 
 
 def page_sections(metrics):
     """The heading and HTML of each section; one without content is left out of the page."""
     yield "Confusion matrix", heat_map(metrics)
-    charts = "".join((*dot_charts(metrics), *line_charts(metrics)))
+    curves = curve_chart(metrics, "validation_ua", "UA, %"), curve_chart(metrics, "validation_loss", "loss")
+    charts = "".join((*dot_charts(metrics), *curves, reliability_chart(metrics)))
     yield "Speakers, training and calibration", f"<div class=columns>{charts}</div>"
     mistakes = [row | {"confidence": f"{percent(row['confidence'])} %"} for row in metrics["confident_mistakes"]]
     columns = ("label", "predicted", "confidence", "file")
@@ -1990,7 +1965,7 @@ def page_sections(metrics):
         drawn = {name: f"{row[name]:.4g}" for name in row if name in SWEEP}
         settings.append((row["setting"], decimal(row["validation_loss"], 3), row["folds"], listed(drawn)))
     yield "Settings tried, best first", page_table(("no.", "loss", "folds", "setting"), settings)
-    yield "Model card", f"<div class=card>{facts(model_card(metrics))}</div>"
+    yield "Model card", page_table((), model_card(metrics).items())
 
 
 def escape(value) -> str:
@@ -2009,30 +1984,27 @@ def listed(values) -> str:
 def without_folders(metrics):
     """The metrics without the folders of this machine: the page may be passed on."""
     paths = [path for path in metrics["settings"].values() if isinstance(path, str) and os.path.isabs(path)]
+    paths += [path.replace("'", "'\"'\"'") for path in paths]  # as the shell's quotes have it in the command
     text = json.dumps(metrics)
     for path in sorted(paths, key=len, reverse=True):
-        text = text.replace(json.dumps(path)[1:-1], json.dumps(Path(path).name)[1:-1])
+        # Only where a path begins and ends: /data is also a part of the file name set/data_1.npz.
+        here, name = (json.dumps(part)[1:-1] for part in (path, Path(path).name))
+        text = re.sub(rf"(?<![^\s\"'=]){re.escape(here)}(?!\w)", lambda _, name=name: name, text)
     return json.loads(text)
 
 
-def tile(metrics, name: str) -> str:
-    if name == "ua":
-        base = f"chance {percent(metrics['chance_ua'])} %"
-    else:
-        base = f"majority class {percent(metrics[f'majority_{name}'])} %"
-    notes = f"<small>95 % interval {interval(metrics, name, percent)} %<br>{base}</small>"
-    return f"<div class=card>{SCORES[name]}<b>{percent(metrics[name])} %</b>{notes}</div>"
+def tiles(metrics):
+    for title, score, interval, chance, majority in score_rows(metrics, percent):
+        base = f"chance {chance} %" if chance else f"majority class {majority} %"
+        yield f"<div class=card>{title}<b>{score} %</b><small>95 % interval {interval} %<br>{base}</small></div>"
 
 
 def citation(metrics) -> str:
     """The scores as a sentence for a paper."""
-    method, size = report_heading(metrics).splitlines()
-    scores = []
-    for name, title in SCORES.items():
-        bounds = interval(metrics, name, percent)
-        scores.append(f"{title} {percent(metrics[name])} % (95 % CI {bounds})")
-    chance = f"chance UA is {percent(metrics['chance_ua'])} %"
-    return f"{method}, {size}: {', '.join(scores)}. Intervals are from a bootstrap over speakers; {chance}."
+    rows = score_rows(metrics, percent)
+    scores = ", ".join(f"{title} {score} % (95 % CI {interval})" for title, score, interval, *_ in rows)
+    basis = f"Intervals are over speakers (jackknife); chance UA is {percent(metrics['chance_ua'])} %"
+    return f"{', '.join(report_heading(metrics))}: {scores}. {basis}."
 
 
 def heat_map(metrics) -> str:
@@ -2051,7 +2023,7 @@ def heat_map(metrics) -> str:
         cells += [f"<td>{percent(metrics[score][name], 0)}" for score in ("recall", "precision", "f1")]
         rows.append(f"<tr>{''.join(cells)}")
     return (
-        "<div class='card matrix'><small>Rows are true labels, columns predictions: per cent of the row, and below it"
+        "<div class=card><small>Rows are true labels, columns predictions: per cent of the row, and below it"
         f" utterances. Recall, precision and F1 are those of the row's class, in per cent.</small><table class=heat"
         f" style='--classes:{len(classes)}'><colgroup><col style='width:17%'><col span={len(classes)}><col span=3"
         f" style='width:7%'></colgroup><thead><tr><td>{''.join(heads)}</thead>{''.join(rows)}</table></div>"
@@ -2078,19 +2050,23 @@ def dot_chart(title: str, groups, metrics) -> str:
     parts = []
     for name, top, score in (("chance", 9, metrics["chance_ua"]), ("all", 22, metrics["ua"])):
         if is_number(score):
-            x = f"{130 + 165 * score:.1f}"
-            parts.append(f"<text class=middle x={x} y={top}>{name} {percent(score)}</text>")
-            parts.append(f"<path class=chance d='M{x} 26V{height}' />")
+            x = 130 + 165 * score
+            parts.append(svg_text(x, top, f"{name} {percent(score)}", "middle"))
+            parts.append(f"<path class=chance d='M{x:.1f} 26V{height}' />")
     for row, (name, ua) in enumerate(scores.items()):
         x, y = 130 + 165 * ua, 30 + pitch * (row + 0.5)
-        dot = f"<circle cx={x:.1f} cy={y:.1f} r={min(4.5, pitch / 2):.1f} />"
-        parts.append(f"<g><title>{escape(name)}: {percent(ua)}</title><path d='M130 {y:.1f}H295' />{dot}</g>")
+        parts.append(f"<g><title>{escape(name)}: {percent(ua)}</title><path d='M130 {y:.1f}H295' />")
+        parts.append(f"<circle cx={x:.1f} cy={y:.1f} r={min(4.5, pitch / 2):.1f} /></g>")
         if row % step == 0:
             short = name if len(name) <= 20 else f"{name[:10]}…{name[-9:]}"
-            parts.append(f"<text class='end name' x=122 y={y + 4:.1f}>{escape(short)}</text>")
-            parts.append(f"<text class=end x=338 y={y + 4:.1f}>{percent(ua)}</text>")
+            parts.append(svg_text(122, y + 4, short, "end name"))
+            parts.append(svg_text(338, y + 4, percent(ua), "end"))
     low, high = min(scores, key=scores.get), max(scores, key=scores.get)
     return figure(title, f"lowest {low}, highest {high}", height, parts)
+
+
+def svg_text(x: float, y: float, text: str, kind: str) -> str:
+    return f"<text class='{kind}' x={x:.1f} y={y:.1f}>{escape(text)}</text>"
 
 
 def figure(title: str, sentence: str, height: float, parts) -> str:
@@ -2102,19 +2078,25 @@ def figure(title: str, sentence: str, height: float, parts) -> str:
     )
 
 
-def line_charts(metrics):
-    """Validation UA and loss by epoch, and accuracy by confidence."""
-    for name, title, unit in (("validation_ua", "Validation UA, %", 100), ("validation_loss", "Validation loss", 1)):
-        curves = [(row["epoch"], row[name]) for row in metrics["curves"] if all(map(is_number, row[name].values()))]
-        if curves:
-            mean, low, high = ([(x, unit * curve[part]) for x, curve in curves] for part in ("mean", "low", "high"))
-            top = 100 if unit == 100 else math.ceil(2 * max(y for _, y in high)) / 2 or 1
-            last = 5 * math.ceil(mean[-1][0] / 5)
-            change = f"from {mean[0][1]:.3g} to {mean[-1][1]:.3g}"
-            sentence = f"{change}; mean and range of the folds still training, MLP part only"
-            yield figure(f"{title}, by epoch", sentence, 204, axes(last, top, {"band": low + high[::-1], "line": mean}))
+def curve_chart(metrics, name: str, title: str) -> str:
+    rows = [row for row in metrics["curves"] if all(map(is_number, row[name].values()))]
+    if not rows:
+        return ""
+    unit = 100 if title.endswith("%") else 1
+    mean, low, high = ([(row["epoch"], unit * row[name][part]) for row in rows] for part in ("mean", "low", "high"))
+    top = max(y for _, y in high)
+    top = 100 if unit == 100 else math.ceil(2 * top) / 2 or 1
+    last = 5 * math.ceil(rows[-1]["epoch"] / 5)
+    first_mean, last_mean = f"{mean[0][1]:.3g}", f"{mean[-1][1]:.3g}"
+    sentence = f"from {first_mean} to {last_mean}; mean and range of the folds still training, MLP part only"
+    marks = {"band": low + high[::-1], "line": mean}
+    return figure(f"Validation {title}, by epoch", sentence, 204, axes(last, top, marks))
+
+
+def reliability_chart(metrics) -> str:
     bins = [row for row in metrics["reliability"] if row["n"]]
-    bars, most = [], max((row["n"] for row in bins), default=0)
+    most = max((row["n"] for row in bins), default=0)
+    bars = []
     for row in bins:
         left, right, top = 100 * row["low"], 100 * row["high"], 40 * row["n"] / most
         bars += [(left, 0), (left, top), (right, top), (right, 0)]
@@ -2122,7 +2104,7 @@ def line_charts(metrics):
     error = f"expected calibration error {percent(metrics['ece'])} %, {percent(metrics['ece_uncalibrated'])} % before"
     sentence = f"{error} temperature scaling; grey: how many predictions have that confidence"
     marks = {"bars": bars, "chance": [(0, 0), (100, 100)], "line": line}
-    yield figure("Accuracy by confidence, %", sentence, 204, axes(100, 100, marks))
+    return figure("Accuracy by confidence, %", sentence, 204, axes(100, 100, marks))
 
 
 def axes(x_high: float, y_high: float, marks) -> list[str]:
@@ -2133,10 +2115,11 @@ def axes(x_high: float, y_high: float, marks) -> list[str]:
 
     parts = []
     for fifth in range(6):
-        tick = x_high * fifth / 5, y_high * fifth / 5
-        x, y = place(*tick)
-        parts.append(f"<path d='M34 {y:.1f}H330' /><text class=end x=28 y={y + 4:.1f}>{tick[1]:.3g}</text>")
-        parts.append(f"<text class=middle x={x:.1f} y=198>{tick[0]:.3g}</text>")
+        tick_x, tick_y = x_high * fifth / 5, y_high * fifth / 5
+        x, y = place(tick_x, tick_y)
+        parts.append(f"<path d='M34 {y:.1f}H330' />")
+        parts.append(svg_text(28, y + 4, f"{tick_y:.3g}", "end"))
+        parts.append(svg_text(x, 198, f"{tick_x:.3g}", "middle"))
     for kind, values in marks.items():
         points = [f"{x:.1f},{y:.1f}" for x, y in (place(*value) for value in values)]
         parts.append(f"<polyline class='{kind}' points='{' '.join(points)}' />")
@@ -2148,10 +2131,6 @@ def page_table(columns, rows) -> str:
     head = "".join(f"<th scope=col>{name}" for name in columns)
     body = ["<tr>" + "".join(f"<td>{escape(cell)}" for cell in row) for row in rows]
     return f"<div class=card><table><thead><tr>{head}</thead>{''.join(body)}</table></div>" if rows else ""
-
-
-def facts(values) -> str:
-    return f"<dl>{''.join(f'<dt>{escape(name)}<dd>{escape(value)}' for name, value in values.items())}</dl>"
 
 
 def model_card(metrics):
@@ -2281,9 +2260,9 @@ class RunFolder:
             stats.write_files(self.path, checkpoint | {"history.csv": history})
             self._next_file = 1 - self._next_file  # only now: a failed save must not free the good one
         except (OSError, MemoryError) as error:
-            reason = (
-                f"{error.filename or self.path}: {error.strerror}" if isinstance(error, OSError) else "out of memory"
-            )
+            reason = "out of memory"
+            if isinstance(error, OSError):
+                reason = f"{error.filename or self.path}: {error.strerror}"
             if not self._warned:
                 log.warning(f"checkpoint: not saved, the run continues: {printable(reason)}")
             self._warned = True
@@ -2418,6 +2397,9 @@ def lock_folder(run: Path):
         raise UsageError(f"{name} is in use by another run, process {printable(pid)}") from None
     except OSError as error:  # a file system without locks
         log.warning(f"lock: not available here ({error.strerror}); do not start a second run on this folder")
+    if not re.fullmatch(rb"\d*\n?", os.read(lock, 20)):
+        os.close(lock)
+        raise UsageError(f"{printable(str(run / 'lock'))} is not of this program; choose another --out")
     with contextlib.suppress(OSError):  # on a full disk a second run cannot name this one, but is still refused
         os.truncate(lock, 0)
         os.write(lock, f"{os.getpid()}\n".encode())
@@ -2472,10 +2454,8 @@ def load_model(run: Path) -> Model:
         model = read_description(run / "config.json")
         blob = stats.read_bytes(run / "model.npz", MAX_MODEL)
         arrays = check_data.parse_arrays(blob, MAX_MODEL, names=expected_shapes(model, {}))
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
+    except stats.DataError as error:
         raise UsageError(f"{name} holds no finished model: {printable(str(error))}") from None
-    except (RecursionError, UsageError):
-        raise UsageError(f"{name} holds no finished model: its config.json is damaged") from None
     shapes = {path: array.shape for path, array in arrays.items()}
     if hashlib.sha256(blob).hexdigest() != model.digest or shapes != expected_shapes(model, arrays):
         raise UsageError(f"{name}: config.json and model.npz do not belong together")
@@ -2485,37 +2465,33 @@ def load_model(run: Path) -> Model:
     if not all(np.isfinite(array).all() for array in arrays.values()) or arrays["scale"].min() <= 0:
         raise UsageError(f"{name}: the model holds NaN or Inf, or a scale that is not above 0")
     params = {path.removeprefix("params/"): array for path, array in arrays.items()}
-    seeds = len(params["linear/bias"])
     mean, scale = (np.repeat(params.pop(part)[None], seeds, 0) for part in ("mean", "scale"))
     return model._replace(ensemble=Ensemble(mean, scale, params))
 
 
 def read_description(path: Path) -> Model:
-    """The model that a config.json describes, without its arrays; a damaged file raises whatever parsing it raises."""
-    config = json.loads(stats.read_bytes(path, MAX_DESCRIPTION))
-    if config.get("format") != ARTIFACT_VERSION:
-        raise ValueError("it was made by another version of train.py; train again")
-    model = Model(
-        classes=tuple(map(str, config["classes"])),
-        dim=int(config["dim"]),
-        pooling=str(config["pooling"]),
-        reshapes_vectors=bool(config["reshapes_vectors"]),
-        keys=tuple(map(str, config["keys"])),
-        longest=int(config["longest"]),
-        merge=tuple(map(str, config["options"]["merge"])),
-        speakers=tuple(map(str, config["speakers"])),
-        encoder_similarity=float(config["encoder_similarity"]),
-        rms=float(config["rms"]),
-        temperature=float(config["temperature"]),
-        digest=str(config["model"]),
-    )
-    check_data.ScanOptions("DIR", merge=model.merge)  # fails here, not later, if an entry is damaged
-    finite = np.isfinite([model.encoder_similarity, model.rms, model.temperature]).all()
-    texts = all(0 < len(name) <= check_data.MAX_CLASS_NAME for name in model.classes)
-    count = len(set(model.classes)) == len(model.classes) <= check_data.MAX_CLASSES
-    known = model.pooling in ("mean", "attentive") and model.dim > 0 and model.classes
-    if not finite or min(model.rms, model.temperature) <= 0 or not (texts and count and known):
-        raise ValueError("its config.json is damaged")
+    """The model that a config.json describes, without its arrays; it raises stats.DataError."""
+    blob = stats.read_bytes(path, MAX_DESCRIPTION)
+    try:
+        config = json.loads(blob)
+        if config.get("format") != ARTIFACT_VERSION:
+            raise stats.DataError("other-version", "it was made by another version of train.py; train again")
+        given = config | {"merge": config["options"]["merge"], "digest": config["model"]}
+        kinds = Model.__annotations__.items()
+        model = Model(**{name: kind(given[name]) for name, kind in kinds if name != "ensemble"})
+        check_data.ScanOptions("DIR", merge=model.merge)  # fails here, not later, if an entry is damaged
+        whole = all(isinstance(text, str) for text in (*model.classes, *model.keys, *model.speakers))
+        whole = whole and np.isfinite([model.encoder_similarity, model.rms, model.temperature]).all()
+        whole = whole and min(model.rms, model.temperature, model.dim, len(model.classes)) > 0
+        whole = whole and all(0 < len(name) <= check_data.MAX_CLASS_NAME for name in model.classes)
+        whole = whole and len(set(model.classes)) == len(model.classes) <= check_data.MAX_CLASSES
+        whole = whole and model.pooling in ("mean", "attentive")
+    except stats.DataError:  # a ValueError, too
+        raise
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError, UsageError):
+        whole = False
+    if not whole:
+        raise stats.DataError("damaged", "its config.json is damaged")
     return model
 
 
@@ -2587,11 +2563,10 @@ def check_prediction_folder(out: Path, features: Path, run: Path) -> None:
         raise UsageError(f"{name} holds the results of a training run; choose another --out")
     if any(part.is_symlink() for part in (out, *out.parents) if run in part.parents):
         raise UsageError(f"{name}: the model's folder has a link there; remove it, or choose another --out")
-    check_not_features(out, features)
+    is_ours = False
     with contextlib.suppress(stats.DataError):
-        if stats.read_bytes(out / "predictions.csv").startswith(b"file,label,predicted,p_"):
-            return
-    check_none_exists(out, PREDICTIONS)
+        is_ours = stats.read_bytes(out / "predictions.csv").startswith(b"file,label,predicted,p_")
+    check_folder(out, features, PREDICTIONS, is_ours)
 
 
 def check_statistics(model: Model, given: Path) -> None:

@@ -597,7 +597,7 @@ class Split(NamedTuple):
 
 def recall(data: Features, part: np.ndarray, predicted: np.ndarray) -> float:
     """UA of predictions for some utterances; every choice below is made by it on the validation speakers."""
-    return float(stats.scores(stats.confusion_matrix(data.label[part], predicted, data.classes))["ua"])
+    return float(stats.Counts.of(stats.confusion_matrix(data.label[part], predicted, data.classes)).scores()["ua"])
 
 
 def best_of(models: list, data: Features, split: Split) -> np.ndarray:
@@ -775,7 +775,7 @@ def scored(data: Features, speaker: list[str], predicted: np.ndarray) -> dict:
     """Scores of predictions and the interval of UA, as metrics.json has them."""
     confusion = stats.confusion_matrix(data.label, predicted, data.classes)
     _, counts = stats.group_counts(speaker, data.label, predicted, data.classes)
-    return stats.scores(confusion) | {"ua_ci95": stats.speaker_intervals(counts)["ua"]}
+    return stats.Counts.of(confusion).scores() | {"ua_ci95": stats.speaker_intervals(counts)["ua"]}
 
 
 def score_row(name: str, metrics: dict, cost: Cost) -> list[str]:

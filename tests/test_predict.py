@@ -160,7 +160,7 @@ def test_prediction_scores_labelled_files_of_unseen_speakers(trained, tmp_path, 
     fusion = np.load(tmp_path / "out" / "fusion.npz")
     unseen = np.isin(fusion["speaker"], [f"{corpus}{n}" for corpus in ("ravdess:0", "cremad:100") for n in (5, 6, 7)])
     label, predicted = fusion["label"][unseen], fusion["probability"][unseen].argmax(1)
-    ua = float(stats.scores(stats.confusion_matrix(label, predicted, 8))["ua"])
+    ua = float(stats.Counts.of(stats.confusion_matrix(label, predicted, 8)).scores()["ua"])
     assert f"UA {ua:.4f} (" in output
     assert f") on {unseen.sum()} files with a known label, of 6 unseen speakers\n" in output
     reason = "label or speaker unknown, or the speaker was in the training data"

@@ -1,11 +1,13 @@
 """The report of a run, on the terminal, in train.log and as a page."""
 
 import copy
+import errno
 import html.parser
 import io
 import json
 import logging
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -41,7 +43,8 @@ def with_classes(metrics, names, count=40):
     """The metrics with other classes, of which each is confused with the next one."""
     size = len(names)
     confusion = np.eye(size, dtype=int) * count + np.roll(np.eye(size, dtype=int), 1, axis=1) * 3
-    scores = train.stats.class_scores(confusion, names)
+    by_class = train.stats.Counts.of(confusion).class_scores()
+    scores = {name: dict(zip(names, values.tolist())) for name, values in by_class.items()}
     return metrics | {"classes": names, "confusion": confusion.tolist(), "chance_ua": 1 / size} | scores
 
 
@@ -300,6 +303,20 @@ def test_the_bar_is_gone_after_an_error(screen):
     assert shown.getvalue().endswith("\x1b[1A\x1b[2K")
 
 
+def test_a_terminal_that_is_gone_does_not_end_the_run(screen, monkeypatch):
+    """After the end of an ssh connection every write fails, and a run in the background goes on."""
+    shown = screen()
+
+    def gone(text):
+        raise OSError(errno.EIO, "Input/output error")
+
+    with train.live_log():
+        train.log.info("a finding")
+        monkeypatch.setattr(shown, "write", gone)
+        train.log.info("epoch 4/8")
+    assert shown.getvalue().count("a finding") == 1
+
+
 @pytest.mark.parametrize("reason", ["a file", "a dumb terminal"])
 def test_a_log_that_is_not_on_a_terminal_has_plain_lines_and_no_stages(screen, monkeypatch, reason):
     shown = screen()
@@ -369,7 +386,7 @@ def test_the_page_has_everything(drawn):
 
 def test_a_single_test_set_is_not_called_cross_validation(metrics):
     single = metrics | {"folds": metrics["folds"][:1], "fold_scheme": "table"}
-    assert train.report_heading(single).startswith("one test set, speaker-independent (table)\n")
+    assert train.report_heading(single)[0] == "one test set, speaker-independent (table)"
 
 
 def test_a_split_that_is_not_by_speaker_is_reported_on_the_page_before_any_score(drawn, metrics):
@@ -396,13 +413,16 @@ def test_the_page_has_no_script_no_address_and_no_folder_of_the_machine(drawn, m
     content = train.report_html(drawn)
     assert not {"script", "link", "img", "iframe", "object"} & set(Page(content).tags)
     assert not re.search(rb"https?:|url\(|@import|\son\w+=", content)
-    metrics["settings"] |= {"directory": "/home/me/set 1", "labels": "/home/me/labels.csv"}
-    metrics["command"] = "python train.py --labels=/home/me/labels.csv '/home/me/set 1'"
-    metrics["left_out_first"]["empty"]["reason"] = "has no line in /home/me/labels.csv"
+    settings = {"out": "/home", "directory": "/home/me/set 1", "labels": "/home/me/Ann's.csv"}
+    metrics["settings"] |= settings
+    metrics["command"] = shlex.join(["python", "train.py", f"--labels={settings['labels']}", settings["directory"]])
+    metrics["left_out_first"]["empty"]["reason"] = "has no line in /home/me/Ann's.csv"
+    metrics["confident_mistakes"][0]["file"] = "set/home_1.npz"  # the folder /home is only a part of its name
     shown = page_text(metrics)
-    assert "/home" not in shown
-    assert "python train.py --labels=labels.csv 'set 1'" in shown
-    assert "has no line in labels.csv" in shown
+    assert "set/home_1.npz" in shown
+    assert "/home" not in shown.replace("set/home_1.npz", "")
+    assert shlex.join(["python", "train.py", "--labels=Ann's.csv", "set 1"]) in shown
+    assert "has no line in Ann's.csv" in shown
 
 
 # --- hostile names ---

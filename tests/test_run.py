@@ -213,7 +213,7 @@ def test_the_metrics_are_made_from_the_out_of_fold_answers(experiment, outcome):
     metrics = train.evaluate(experiment, outcome)
     dataset, split = experiment.dataset, experiment.split
     predicted = outcome.answers.logits.argmax(1)
-    expected = stats.scores(stats.confusion_matrix(dataset.label, predicted, 8))
+    expected = stats.Counts.of(stats.confusion_matrix(dataset.label, predicted, 8)).scores()
     assert {name: metrics[name] for name in expected} == pytest.approx(expected)
     assert metrics["n_utterances"] == len(dataset.label)
     assert list(metrics["speakers"]) == sorted(set(split.speaker))
@@ -288,9 +288,14 @@ def dataset_with_genders():
     return dataset._replace(classes=("happy", "sad"), utterances=utterances)
 
 
+def analysis(probability):
+    dataset = dataset_with_genders()
+    return train.error_analysis(dataset.utterances, dataset.label, probability, dataset.classes)
+
+
 def test_groups_are_counted_and_scored_where_the_names_identify_them():
     happy = np.array([0.9, 0.2, 0.3, 0.6, 0.8, 0.45])  # predictions h s s | h h s
-    groups = train.error_analysis(dataset_with_genders(), np.stack([happy, 1 - happy], 1))["groups"]
+    groups = analysis(np.stack([happy, 1 - happy], 1))["groups"]
     male, female = groups["gender"]["male"], groups["gender"]["female"]
     assert (male["n"], male["ua"], male["wa"]) == pytest.approx((3, (1 / 2 + 1) / 2, 2 / 3))
     assert (female["n"], female["ua"]) == (1, 1)
@@ -300,14 +305,14 @@ def test_groups_are_counted_and_scored_where_the_names_identify_them():
 
 def test_mistakes_are_listed_by_confidence_and_then_in_order():
     happy = np.array([0.9, 0.2, 0.3, 0.6, 0.85, 0.45])
-    mistakes = train.error_analysis(dataset_with_genders(), np.stack([happy, 1 - happy], 1))["confident_mistakes"]
+    mistakes = analysis(np.stack([happy, 1 - happy], 1))["confident_mistakes"]
     assert [(row["file"], row["label"], row["predicted"]) for row in mistakes] == [
         ("0004", "sad", "happy"),
         ("0001", "happy", "sad"),
     ]
     assert [row["confidence"] for row in mistakes] == pytest.approx([0.85, 0.8])
     tied = np.tile([0.2, 0.8], (6, 1))
-    mistakes = train.error_analysis(dataset_with_genders(), tied)["confident_mistakes"]
+    mistakes = analysis(tied)["confident_mistakes"]
     assert [row["file"] for row in mistakes] == ["0000", "0001", "0003"]
 
 

@@ -861,7 +861,7 @@ def test_a_kill_at_any_call_leaves_old_new_or_none_and_the_next_save_cleans_up(t
         stats.save(folder, new, "new")
         assert len(contents(folder)) == 3
     # The lock, the files that are read, two removals, five calls for the manifest, and eight for the pair.
-    assert number - 1 == 1 + (5 if older else 0) + 2 + 5 + 8
+    assert number - 1 == 1 + (3 if older else 0) + 2 + 5 + 8
 
 
 @pytest.mark.parametrize(
@@ -994,12 +994,16 @@ def test_balanced_cross_entropy_by_hand(shift):
     assert found == pytest.approx((1.5 * math.log(2) + math.log(4)) / 2)
 
 
+def scores_of(confusion):
+    return stats.Counts.of(confusion).scores()
+
+
 def test_scores_of_a_confusion_matrix_by_hand():
     label = np.array([0, 0, 0, 0, 1, 1, 2, 2])
     predicted = np.array([0, 0, 0, 1, 1, 0, 2, 2])
     confusion = stats.confusion_matrix(label, predicted, 3)
     assert confusion.tolist() == CONFUSION.tolist()
-    scores = stats.scores(confusion)
+    scores = scores_of(confusion)
     assert set(scores) == {"ua", "wa", "macro_f1"}
     assert scores["wa"] == pytest.approx(6 / 8)
     assert scores["ua"] == pytest.approx((3 / 4 + 1 / 2 + 1) / 3)
@@ -1007,32 +1011,32 @@ def test_scores_of_a_confusion_matrix_by_hand():
 
 
 def test_scores_of_several_matrices_at_once():
-    scores = stats.scores(np.stack([CONFUSION, CONFUSION.T]))
+    scores = scores_of(np.stack([CONFUSION, CONFUSION.T]))
     np.testing.assert_allclose(scores["ua"], [(3 / 4 + 1 / 2 + 1) / 3] * 2)
     np.testing.assert_allclose(scores["wa"], [6 / 8] * 2)
 
 
 def test_a_class_without_utterances_is_left_out_of_the_means():
-    scores = stats.scores(np.array([[2, 0, 0], [0, 1, 1], [0, 0, 0]]))
+    scores = scores_of(np.array([[2, 0, 0], [0, 1, 1], [0, 0, 0]]))
     assert scores["ua"] == pytest.approx((1 + 1 / 2) / 2)
     assert scores["wa"] == pytest.approx(3 / 4)
     assert scores["macro_f1"] == pytest.approx((1 + 2 / 3) / 2)
 
 
 def test_scores_of_no_utterance_are_nan():
-    assert all(np.isnan(value) for value in stats.scores(np.zeros((2, 2), int)).values())
+    assert all(np.isnan(value) for value in scores_of(np.zeros((2, 2), int)).values())
 
 
 @pytest.mark.parametrize("dtype", [int, float])
 def test_always_predicting_the_majority_class_recalls_one_class_of_all(dtype):
-    always = stats.majority_scores(CONFUSION.astype(dtype))
+    always = stats.Counts.of(CONFUSION.astype(dtype)).of_majority().scores()
     assert always["ua"] == pytest.approx(1 / 3)
     assert always["wa"] == pytest.approx(4 / 8)
     assert always["macro_f1"] == pytest.approx((2 * 4 / (4 + 8)) / 3)
 
 
 def test_the_majority_is_one_of_labels_not_of_predictions():
-    assert stats.majority_scores(np.array([[0, 2], [0, 1]]))["wa"] == pytest.approx(2 / 3)
+    assert stats.Counts.of([[0, 2], [0, 1]]).of_majority().scores()["wa"] == pytest.approx(2 / 3)
 
 
 def test_each_group_has_the_counts_of_its_own_utterances():
@@ -1046,14 +1050,14 @@ def test_each_group_has_the_counts_of_its_own_utterances():
 
 def test_utterances_without_a_group_are_left_out_of_the_group_scores():
     label, predicted = np.array([0, 1, 1, 0]), np.array([0, 1, 0, 0])
-    found = stats.group_scores(["b", "a", None, "b"], label, predicted, 2)
+    found = stats.group_scores(*stats.group_counts(["b", "a", None, "b"], label, predicted, 2))
     assert found == {
         "a": {"n": 1, "ua": 1, "wa": 1, "macro_f1": 1},
         "b": {"n": 2, "ua": 1, "wa": 1, "macro_f1": 1},
     }
     assert list(found) == ["a", "b"]
     assert {type(value) for scores in found.values() for value in scores.values()} == {int, float}
-    assert stats.group_scores([None] * 4, label, predicted, 2) == {}
+    assert stats.group_scores(*stats.group_counts([None] * 4, label, predicted, 2)) == {}
 
 
 def intervals(*confusions):
@@ -1063,8 +1067,8 @@ def intervals(*confusions):
 def test_intervals_are_those_of_the_jackknife_over_speakers():
     confusions = np.random.default_rng(3).integers(0, 50, (7, 3, 3))
     found = intervals(*confusions)
-    for name, score in stats.scores(confusions.sum(0)).items():
-        left_out = [stats.scores(np.delete(confusions, speaker, 0).sum(0))[name] for speaker in range(7)]
+    for name, score in scores_of(confusions.sum(0)).items():
+        left_out = [scores_of(np.delete(confusions, speaker, 0).sum(0))[name] for speaker in range(7)]
         deviation = math.sqrt(6 / 7 * sum((value - np.mean(left_out)) ** 2 for value in left_out))
         reach = 2.446912 * deviation / (score * (1 - score))  # t of 6 degrees of freedom
         odds = [math.log(value / (1 - value)) - math.log(score / (1 - score)) for value in found[name]]
@@ -1111,7 +1115,7 @@ def test_a_class_that_one_speaker_alone_has_does_not_widen_the_interval_by_its_a
     others = [np.diag([20 + speaker, 20, 0]) + np.eye(3, k=1, dtype=int) * [[1], [1], [0]] for speaker in range(9)]
     alone = np.diag([20, 20, 1]) + np.array([[0, 0, 0], [0, 0, 0], [9, 0, 0]])
     low, high = intervals(*others, alone)["ua"]
-    assert 0.60 < low < stats.scores(sum(others) + alone)["ua"] < high < 0.72
+    assert 0.60 < low < scores_of(sum(others) + alone)["ua"] < high < 0.72
 
 
 def test_intervals_of_a_thousand_classes_take_little_memory():
@@ -1125,20 +1129,24 @@ def test_intervals_of_a_thousand_classes_take_little_memory():
 # --- calibration ---
 
 
+def filled(bins):
+    return [place for place, row in enumerate(bins) if row["n"]]
+
+
 def test_calibration_error_by_hand():
     """Two at 0.90, one of them right: 0.40 too sure; two at 0.62, both right: 0.38 too unsure."""
     probability = np.array([[0.9, 0.1], [0.1, 0.9], [0.62, 0.38], [0.38, 0.62]])
     label = np.array([0, 0, 0, 1])
     assert stats.expected_calibration_error(probability, label) == pytest.approx(0.5 * 0.4 + 0.5 * 0.38)
     found = stats.reliability(probability, label)
-    assert np.flatnonzero(found["n"]).tolist() == [9, 13]
+    assert filled(found) == [9, 13]
     for place, n, confidence, accuracy in ((9, 2, 0.62, 1), (13, 2, 0.9, 0.5)):
-        assert found["n"][place] == n
-        assert found["confidence"][place] == pytest.approx(confidence)
-        assert found["accuracy"][place] == accuracy
-        assert found["low"][place] < confidence <= found["high"][place]
-    assert np.isnan(found["accuracy"][0])
-    assert np.isnan(found["confidence"][0])
+        assert found[place]["n"] == n
+        assert found[place]["confidence"] == pytest.approx(confidence)
+        assert found[place]["accuracy"] == accuracy
+        assert found[place]["low"] < confidence <= found[place]["high"]
+    assert np.isnan(found[0]["accuracy"])
+    assert np.isnan(found[0]["confidence"])
 
 
 def test_calibration_error_weighs_the_bins_by_count():
@@ -1157,16 +1165,16 @@ def test_bins_have_equal_width_and_include_their_upper_edge(bins):
         just_below = np.nextafter(confidence, 0)
         for value in (confidence, just_below):
             found = stats.reliability(np.array([[value]]), np.array([0]), bins)
-            assert found["n"].tolist() == expected
-    assert set(found) == {"low", "high", "n", "confidence", "accuracy"}
-    np.testing.assert_allclose(found["low"], edges[:-1])
-    np.testing.assert_allclose(found["high"], edges[1:])
+            assert [row["n"] for row in found] == expected
+    assert set(found[0]) == {"low", "high", "n", "confidence", "accuracy"}
+    np.testing.assert_allclose([row["low"] for row in found], edges[:-1])
+    np.testing.assert_allclose([row["high"] for row in found], edges[1:])
 
 
 def test_there_are_15_bins_by_default():
     """0.87 and 0.90 share the 14th of 15 bins; an edge of 16 lies between them."""
     probability, label = np.array([[0.87, 0.13], [0.9, 0.1]]), np.array([0, 1])
-    assert np.flatnonzero(stats.reliability(probability, label)["n"]).tolist() == [13]
+    assert filled(stats.reliability(probability, label)) == [13]
     assert stats.expected_calibration_error(probability, label) == pytest.approx(0.885 - 0.5)
     assert stats.expected_calibration_error(probability, label, 16) == pytest.approx((0.13 + 0.9) / 2)
 
@@ -1174,15 +1182,15 @@ def test_there_are_15_bins_by_default():
 @pytest.mark.parametrize(("confidence", "place"), [(0, 0), (1, 14), (1 + 1e-7, 14)])
 def test_certainty_and_rounding_beyond_it_are_in_the_last_bin_and_zero_in_the_first(confidence, place):
     found = stats.reliability(np.array([[confidence]]), np.array([0]))
-    assert np.flatnonzero(found["n"]).tolist() == [place]
+    assert filled(found) == [place]
 
 
 def test_a_class_has_a_recall_a_precision_and_an_f1():
     label, predicted = np.array([0, 0, 0, 1, 1]), np.array([0, 0, 1, 1, 3])
-    by_class = stats.class_scores(stats.confusion_matrix(label, predicted, 4), ("a", "b", "c", "d"))
-    assert by_class["recall"] == {"a": 2 / 3, "b": 1 / 2, "c": 0, "d": 0}
-    assert by_class["precision"] == {"a": 1, "b": 1 / 2, "c": 0, "d": 0}
-    assert by_class["f1"] == {"a": 4 / 5, "b": 1 / 2, "c": 0, "d": 0}
+    by_class = stats.Counts.of(stats.confusion_matrix(label, predicted, 4)).class_scores()
+    assert by_class["recall"].tolist() == [2 / 3, 1 / 2, 0, 0]
+    assert by_class["precision"].tolist() == [1, 1 / 2, 0, 0]
+    assert by_class["f1"].tolist() == [4 / 5, 1 / 2, 0, 0]
 
 
 # --- all metrics together ---
@@ -1210,13 +1218,13 @@ def test_each_metric_is_that_of_its_own_function():
     predicted = logits.argmax(1)
     confusion = stats.confusion_matrix(label, predicted, 4)
     names, by_speaker = stats.group_counts(speaker, label, predicted, 4)
-    curve = stats.reliability(probability, label)
+    by_class = stats.Counts.of(confusion).class_scores()
     expected = {
-        "ua": stats.scores(confusion)["ua"],
+        "ua": scores_of(confusion)["ua"],
         "wa": np.mean(predicted == label),
-        "macro_f1": stats.scores(confusion)["macro_f1"],
+        "macro_f1": scores_of(confusion)["macro_f1"],
         **{f"{name}_ci95": list(pair) for name, pair in stats.speaker_intervals(by_speaker).items()},
-        **{f"majority_{name}": value for name, value in stats.majority_scores(confusion).items()},
+        **{f"majority_{name}": value for name, value in stats.Counts.of(confusion).of_majority().scores().items()},
         "chance_ua": 1 / 4,
         "classes": list(CLASSES),
         "recall": {
@@ -1225,21 +1233,21 @@ def test_each_metric_is_that_of_its_own_function():
             "angry": 0,
             "calm": 1,
         },
-        **{name: values for name, values in stats.class_scores(confusion, CLASSES).items() if name != "recall"},
+        "precision": dict(zip(CLASSES, by_class["precision"])),
+        "f1": dict(zip(CLASSES, by_class["f1"])),
         "n_utterances": 120,
         "confusion": confusion.tolist(),
-        "speakers": stats.group_scores(speaker, label, predicted, 4),
+        "speakers": stats.group_scores(names, by_speaker),
         "folds": [
-            stats.group_scores([0] * (fold == k).sum(), label[fold == k], predicted[fold == k], 4)[0] for k in range(12)
+            {"n": (fold == k).sum()} | scores_of(stats.confusion_matrix(label[fold == k], predicted[fold == k], 4))
+            for k in range(12)
         ],
         "ece": stats.expected_calibration_error(probability, label),
     }
     bins = metrics.pop("reliability")
     assert metrics == expected
     assert list(metrics["speakers"]) == names == [f"speaker {number}" for number in range(5)]
-    for place, row in enumerate(bins):
-        assert list(row) == list(curve)
-        np.testing.assert_array_equal(list(row.values()), [curve[name][place] for name in row])
+    np.testing.assert_equal(bins, stats.reliability(probability, label))
     assert len(bins) == 15
 
 
