@@ -72,6 +72,11 @@ _MANY = 20  # arrays of one width are a whole set in one file, not the features 
 # --- options ------------------------------------------------------------------------------------------------------
 
 
+#: Of the programs; also in metrics.json and config.json. CHANGELOG.md lists what has changed.
+VERSION = "1.0.0"
+OPTION_GROUPS = ("input and labels", "split", "training", "output")  # in the order of --help
+
+
 class UsageError(Exception):
     """The request cannot be carried out; the message gives the reason and the remedy. Exit status 2.
 
@@ -82,15 +87,15 @@ class UsageError(Exception):
         super().__init__("\n  ".join(map(printable, (message, *table))))
 
 
-def option(default: Any, text: str) -> Any:
-    """Define a field of an options dataclass, with its default and its --help text."""
-    return dataclasses.field(default=default, metadata={"help": text})
+def option(default: Any, text: str, group: str = "input and labels", choices: Iterable[str] = ()) -> Any:
+    """Define a field of an options dataclass, with its default and its --help text, group and choices."""
+    return dataclasses.field(default=default, metadata={"help": text, "group": group, "choices": tuple(choices)})
 
 
 def require(condition: bool, name: str, expected: str) -> None:
     """Raise a UsageError "--NAME must be EXPECTED" unless the condition holds."""
     if not condition:
-        raise UsageError(f"--{name.replace('_', '-')} must be {expected}")
+        raise UsageError(f"{option_flag(name)} must be {expected}")
 
 
 def suggest(word: str, choices: Iterable[str]) -> str:
@@ -101,25 +106,51 @@ def suggest(word: str, choices: Iterable[str]) -> str:
     return f"; did you mean {close[0]}?" if close else ""
 
 
-def require_choice(value: str | None, name: str, choices: Iterable[str]) -> None:
-    """Raise a UsageError that lists the choices of an option unless the value is one of them."""
-    require(value in choices, name, f"one of {', '.join(choices)}{suggest(value or '', choices)}")
+def build_parser(options: type, description: str, details: str) -> tuple[argparse.ArgumentParser, dict[str, Any]]:
+    """A parser for every field of an options dataclass, the first of which is DIR, and its option groups by title.
 
-
-def add_options(parser: argparse.ArgumentParser, options: type) -> None:
-    """Add every field of an options dataclass to a parser; the first field is the positional DIR."""
+    `details` (examples, exit status) are printed as they are, below the options.
+    """
+    layout = argparse.RawDescriptionHelpFormatter
+    usage = "%(prog)s DIR [options]"
+    parser = argparse.ArgumentParser(usage=usage, description=description, epilog=details, formatter_class=layout)
     parser.add_argument("directory", metavar="DIR", help="folder of .npz or .npy files, flat or in subfolders")
+    version = f"%(prog)s {VERSION}"
+    parser.add_argument("--version", action="version", version=version, help="show the version and exit")
+    groups = {title: parser.add_argument_group(title) for title in OPTION_GROUPS}
     for field in dataclasses.fields(options)[1:]:
-        flag, text, default = f"--{field.name.replace('_', '-')}", field.metadata["help"], field.default
-        if field.type is bool:
-            parser.add_argument(flag, action="store_true", help=text)
-        elif default == ():
-            parser.add_argument(flag, action="append", default=[], metavar="STR", help=text)
-        else:
-            # The type itself, or the first member of a union such as `int | None`.
-            kind = next(k for k in (int, float, str) if k in (field.type, *getattr(field.type, "__args__", ())))
-            text = text if default is None else f"{text} (%(default)s)"
-            parser.add_argument(flag, type=kind, default=default, metavar=kind.__name__.upper(), help=text)
+        add_option(groups[field.metadata["group"]], field)
+    return parser, groups
+
+
+def add_option(group: Any, field: dataclasses.Field) -> None:
+    """Add one field of an options dataclass to a group of a parser."""
+    flag, text, default = option_flag(field.name), field.metadata["help"], field.default
+    choices = field.metadata["choices"]
+    if field.type is bool:
+        group.add_argument(flag, action="store_true", help=text)
+    elif default == ():
+        group.add_argument(flag, action="append", default=[], metavar="STR", help=text)
+    else:
+        # The type itself, or the first member of a union such as `int | None`.
+        kind = next(k for k in (int, float, str) if k in (field.type, *getattr(field.type, "__args__", ())))
+        text += f": {', '.join(choices)}" if choices else ""
+        text += "" if default is None else " (default: %(default)s)"
+        group.add_argument(flag, type=kind, default=default, metavar=kind.__name__.upper(), help=text)
+
+
+def option_flag(name: str) -> str:
+    """The command-line flag of a field: `label_smoothing` is --label-smoothing."""
+    return f"--{name.replace('_', '-')}"
+
+
+def check_choices(options: Any) -> None:
+    """Raise a UsageError, with the closest choice, if an option with choices has another value."""
+    for field in dataclasses.fields(options)[1:]:
+        value, choices = getattr(options, field.name), field.metadata["choices"]
+        if choices and value is not None:
+            expected = f"one of {', '.join(choices)}{suggest(value, choices)}"
+            require(value in choices, field.name, expected)
 
 
 # --- reading one file ---------------------------------------------------------------------------------------------
@@ -670,7 +701,7 @@ class ScanOptions:
     """The options of a scan; both command lines are built from these fields."""
 
     directory: str
-    corpus: str | None = option(None, "which corpus to assume when a file name fits several")
+    corpus: str | None = option(None, "corpus to assume when a file name fits several", choices=emotions.CORPORA)
     pattern: str | None = option(
         None, "regular expression for the whole file name, with the groups (?P<emotion>...) and (?P<speaker>...)"
     )
@@ -682,7 +713,7 @@ class ScanOptions:
     transpose: bool = option(False, "sequences are stored as (D, T)")
     nan_to_zero: bool = option(False, "replace NaN and Inf by zero instead of leaving the file out")
     no_versions: bool = option(False, "leave out augmented and other versions of a recording whose original is here")
-    folds: str = option("5", f"number of folds, or one of {', '.join(FOLD_SCHEMES)}")
+    folds: str = option("5", f"number of folds, or one of {', '.join(FOLD_SCHEMES)}", "split")
 
     def __post_init__(self):
         if not str(self.directory):
@@ -693,8 +724,7 @@ class ScanOptions:
         for name in ("pattern", "labels", "key", "folds"):
             require(getattr(self, name) != "", name, "non-empty")
         require(not (self.pattern and self.labels), "pattern", "used without --labels")
-        if self.corpus is not None:
-            require_choice(self.corpus, "corpus", emotions.CORPORA)
+        check_choices(self)
         if self.folds not in FOLD_SCHEMES and not (re.fullmatch("[0-9]{1,9}", self.folds) and int(self.folds) > 1):
             known = f"{', '.join(FOLD_SCHEMES)}{suggest(self.folds, FOLD_SCHEMES)}"
             raise UsageError(f"--folds {self.folds!r} is not a fold scheme; use a number >= 2 or one of {known}")
@@ -722,7 +752,7 @@ def command_line(options: ScanOptions) -> str:
     """The shell command that trains with these options; those of a scan are also options of train.py."""
     words = ["python", "train.py"]
     for field in dataclasses.fields(options)[1:]:
-        value, flag = getattr(options, field.name), f"--{field.name.replace('_', '-')}"
+        value, flag = getattr(options, field.name), option_flag(field.name)
         if value is True:
             words.append(flag)
         elif value != field.default:
@@ -1548,7 +1578,7 @@ def _require_one_array(result: Scan) -> None:
     """Raise a UsageError if most files have several arrays that may be the features, or if the chosen one is not."""
     several = Counter(finding.reason for finding in result.findings if finding.code == "several-arrays")
     if several.total() > len(result.records):
-        table = [f"{arrays}: {files} files" for arrays, files in several.most_common(12)]
+        table = [f"{arrays}: {counted(files, 'file')}" for arrays, files in several.most_common(12)]
         raise UsageError("several arrays may be the features; choose one with --key NAME:", *table)
     contents = Counter((record.crc, record.shape) for record in result.records)
     files = max(contents.values(), default=0)
@@ -1611,7 +1641,7 @@ def _notes(found: Observations) -> Iterator[Note]:
         elif isinstance(what, dict):
             what = format_counts(what)
         elif isinstance(what, int):
-            what = f"{what} files"
+            what = counted(what, "file")
         yield Note(code, printable(what))
 
 
@@ -1622,7 +1652,7 @@ def _observe(result: Scan) -> Observations:
 
     keys = result.keys_used()
     found = {
-        "reshaped": f"{n_reshaped} files, D = {result.dim}" if n_reshaped else "",
+        "reshaped": f"{counted(n_reshaped, 'file')}, D = {result.dim}" if n_reshaped else "",
         "leading-axis": sum(record.has_leading_axis for record in result.records),
         "no-checksum": sum(record.key == NPY_KEY for record in result.records),
         "other-arrays": result.other_arrays,
@@ -1651,12 +1681,12 @@ def _observe_recordings(utterances: list[Utterance]) -> Observations:
         elif len(takes) > 1 and takes[0].speaker is None:
             nameless.append(len(takes))
     versions = Counter(utterance.version for utterance in utterances if utterance.version)
-    counted = f"{versions.total()} files of {len(utterances)} ({format_counts(versions)})"
+    versions_found = f"{counted(versions.total(), 'file')} of {len(utterances)} ({format_counts(versions)})"
     known = [utterance for utterance in utterances if utterance.corpus in emotions.CORPORA and not utterance.version]
     return {
         "twins": twins,
-        "same-recording": f"{sum(nameless)} files of {len(nameless)} recordings" if nameless else "",
-        "versions": counted if versions else "",
+        "same-recording": f"{sum(nameless)} files of {counted(len(nameless), 'recording')}" if nameless else "",
+        "versions": versions_found if versions else "",
         "tails": Counter(utterance.tail for utterance in known if utterance.tail),
     }
 
@@ -1737,7 +1767,8 @@ FORMATS = {
 
 def _no_files_message(result: Scan) -> str:
     found = ", ".join(f"{count} {suffix}" for suffix, count in result.other_files.most_common(5))
-    content = f"only {found} files" if found else "the folder is empty"
+    nothing = "only hidden or temporary files, or results of runs" if result.n_ignored else "the folder is empty"
+    content = f"found {found}" if found else nothing
     advice = {}  # a set in order
     for suffixes, what in FORMATS.items():
         for suffix in sorted(result.other_files.keys() & set(suffixes.split())):
@@ -1762,7 +1793,7 @@ def blockers(result: Scan) -> list[str]:
         question = "is the label an id or a text? Use --classes to keep the emotions"
         return [f"{len(classes)} emotions, of up to {max(map(len, classes))} characters: {question}"]
     if len(result.records) < 10:
-        return [f"{len(result.records)} usable files are too few to train and test on; add more"]
+        return [f"{counted(len(result.records), 'usable file')}, too few to train and test on; add more"]
     return [result.folds.args[0]] if isinstance(result.folds, UsageError) else []
 
 
@@ -1821,9 +1852,11 @@ def assign_folds(options: ScanOptions, utterances: list[Utterance], label: Array
         fold = stats.numbered(speaker)
     else:
         fold, validation, missing = _official_folds(scheme, speaker)
+        reason = "the scores are not comparable with published ones"
         if missing:
-            reason = "the scores are not comparable with published ones"
-            notes.append(f"{missing} speakers of {scheme} are missing: {reason}")
+            notes.append(f"{counted(missing, 'speaker')} of {scheme} missing: {reason}")
+        if caveat := emotions.SCHEMES[scheme].caveat:
+            notes.append(f"{caveat}: {reason}")
     folds = Folds(speaker, recording, original, fold, validation, independent, notes)
     _check_sides(scheme, folds)
     return folds
@@ -1838,12 +1871,12 @@ def _name_speakers(utterances: list[Utterance], recording: Array) -> tuple[Array
     known = {utterance.speaker for utterance in utterances} - {None}
     unknown = sum(utterance.speaker is None for utterance in utterances)
     if len(known) >= 2:
-        note = f"{unknown} files have no known speaker and may be of a known one: NOT speaker-independent for them"
+        note = f"speaker unknown for {counted(unknown, 'file')}, which may be of a known one: NOT speaker-independent"
         return np.array(names), not unknown, [note] if unknown else []
     found = f"only one speaker ({min(known)})" if known else "no speaker"
     note = f"the file names identify {found}: files are split at random"
     if (count := len(set(recording))) < len(recording):
-        note += f", those of one recording together ({len(recording)} files of {count} recordings)"
+        note += f", those of one recording together ({len(recording)} files of {counted(count, 'recording')})"
     note += "; the scores are NOT speaker-independent and are optimistic"
     return recording, False, [note]
 
@@ -1925,6 +1958,11 @@ def format_counts(counts: dict[str, int]) -> str:
     return printable(", ".join(shown))
 
 
+def counted(number: int, noun: str) -> str:
+    """A number with its noun, in the singular for 1: `1 file`, `2 files`."""
+    return f"{number} {noun}{'s' * (number != 1)}"
+
+
 def format_range(values: Iterable[int]) -> str:
     lowest, highest = min(values), max(values)
     return str(lowest) if lowest == highest else f"{lowest} to {highest}"
@@ -1957,8 +1995,7 @@ def _statistics_line(result: Scan) -> str:
 def _features_line(result: Scan) -> str:
     lengths = [math.prod(record.shape) // result.dim for record in result.records]
     forms = Counter("vector" if record.shape == (result.dim,) else "sequence" for record in result.records)
-    counted = [f"{count} {form}" if count == 1 else f"{count} {form}s" for form, count in forms.most_common()]
-    line = " and ".join(counted)
+    line = " and ".join(counted(count, form) for form, count in forms.most_common())
     if "sequence" in forms:
         line += f" of {format_range(lengths)} frames"
     return f"{line}, width {result.dim}"
@@ -1988,21 +2025,21 @@ def _kinds(result: Scan) -> str:
 def summary(result: Scan) -> Iterator[str]:
     """Yield the lines of the summary of a folder."""
     used, unused = len(result.records), len(result.findings)
-    counts = f"{result.n_files} {_kinds(result)} files, {used} usable, {unused} left out"
+    counts = f"{counted(result.n_files, f'{_kinds(result)} file')}, {used} usable, {unused} left out"
     if result.n_excluded:
         counts += f", {result.n_excluded} excluded by --classes"
     if result.n_versions:
         counts += f", {result.n_versions} by --no-versions"
     yield printable(f"{result.directory}: {counts}")
     if result.n_ignored:
-        yield f"  ignored      {result.n_ignored} hidden or temporary files and results of runs"
+        yield f"  ignored      {counted(result.n_ignored, 'hidden or temporary file')}, or results of runs"
     if not result.records:
         return
     speakers = result.count("speaker")
     n_unknown = speakers.pop(None, 0)
     named = f"{len(speakers)}, {format_range(speakers.values())} utterances each" if speakers else "0"
     if n_unknown:
-        named += f"; speaker unknown for {n_unknown} files"
+        named += f"; speaker unknown for {counted(n_unknown, 'file')}"
     yield f"  corpora      {format_counts(result.count('corpus'))}"
     yield f"  labels       {_labels_line(result)}"
     yield f"  emotions     {format_counts(result.count('emotion'))}"
@@ -2055,13 +2092,24 @@ def exit_status(result: Scan) -> int:
     return 1 if result.findings or blockers(result) else 0
 
 
+DETAILS = """
+examples:
+  python check_data.py DIR
+  python check_data.py DIR --labels labels.csv --key hubert
+  python check_data.py DIR --json > report.json
+
+exit status: 0 all files can be used; 1 problems found; 2 wrong usage, or no file
+can be used
+"""
+
+
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description="Inspect a folder of speech embeddings and name every file that cannot be used, and why."
+    parser, groups = build_parser(
+        ScanOptions, "Inspect a folder of speech embeddings and name every file that cannot be used, and why.", DETAILS
     )
-    add_options(parser, ScanOptions)
-    parser.add_argument("--all", action="store_true", help="list every finding instead of at most 20 per code")
-    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    output = groups["output"]
+    output.add_argument("--all", action="store_true", help="list every finding instead of at most 20 per code")
+    output.add_argument("--json", action="store_true", help="print the report as JSON")
     given = vars(parser.parse_args(arguments))
     limit, as_json = None if given.pop("all") else 20, given.pop("json")
     try:

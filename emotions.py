@@ -334,12 +334,13 @@ class Scheme:
     """Official folds of one corpus: the test speakers of each fold.
 
     `next_fold_validates` is True if the source also defines the validation speakers, as the test speakers of the next
-    fold.
+    fold. `caveat` is what makes its published scores differ from those on the labels in the file names.
     """
 
     corpus: str
     test_speakers: tuple[tuple[str, ...], ...]
     next_fold_validates: bool = False
+    caveat: str = ""
 
 
 def _ravdess_folds(table: str) -> tuple[tuple[str, ...], ...]:
@@ -364,6 +365,7 @@ SCHEMES: dict[str, Scheme] = {
             for first, last in ((1001, 1018), (1019, 1036), (1037, 1054), (1055, 1072), (1073, 1091))
         ),
         next_fold_validates=True,
+        caveat="EMO-SUPERB scores the emotions that listeners perceived, this program those that the actors intended",
     ),
 }
 

@@ -43,7 +43,7 @@ _MAX_HEADER = 10_000  # bytes of an npy header; numpy's own limit
 
 
 class DataError(ValueError):
-    """A file that cannot be used: a short, stable `code`, which README lists, and the `reason` for people."""
+    """A file that cannot be used: a short, stable `code` (see docs/reference.md), and the `reason` for people."""
 
     def __init__(self, code: str, reason: str):
         super().__init__(reason)

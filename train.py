@@ -22,7 +22,6 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
     # a compilation, and print a traceback; first of all, because the other imports take time too.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-import argparse
 import concurrent.futures
 import contextlib
 import ctypes
@@ -47,6 +46,7 @@ import string
 import sys
 import time
 import warnings
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -119,27 +119,27 @@ SWEEP = {  # what --sweep draws: lowest and highest value; "log" draws the logar
 class Config(check_data.ScanOptions):
     """Every option: its default, type and help. The command line is built from it."""
 
-    out: str | None = option(None, "results folder (runs/<name of DIR>)")
-    predict: str | None = option(None, "label DIR, or a single file, with the model in this results folder")
-    seeds: int = option(5, "models per fold, each with different validation speakers; their logits are averaged")
-    seed: int = option(0, "random seed")
-    epochs: int = option(40, "maximum epochs")
-    patience: int = option(10, "early-stopping patience in epochs")
-    batch: int = option(64, "maximum batch size; reduced on small sets so that an epoch has about 16 steps")
-    pooling: str = option("attentive", "pooling of frame sequences: attentive (weighted mean and deviation) or mean")
-    width: int = option(256, "hidden units")
-    dropout: float = option(0.5, "dropout rate of the hidden units, in steps of 1/256")
-    learning_rate: float = option(1e-3, "peak learning rate of AdamW, with cosine decay to zero")
-    weight_decay: float = option(1e-2, "weight decay of AdamW")
-    label_smoothing: float = option(0.1, "label smoothing")
-    mixup: float = option(0.0, "maximum mixup weight")
-    clip: float = option(1.0, "maximum global norm of the gradient")
-    precision: str = option("float32", "precision of matrix products: float32 or bfloat16; all else is float32")
-    sweep: int = option(1, "number of settings to train; the first is that of the other options, the rest are random")
-    fresh: bool = option(False, "start over even if the results folder holds an unfinished run")
-    no_compile_cache: bool = option(False, "do not cache the compiled program for later runs")
-    recompute_stats: bool = option(False, "recompute the statistics in DIR")
-    require_gpu: bool = option(False, "do not train on a CPU: exit with status 2 and the reason if no GPU can be used")
+    out: str | None = option(None, "results folder (default: runs/<name of DIR>)", "output")
+    predict: str | None = option(None, "label DIR, or a single file, with the model in this results folder", "output")
+    seeds: int = option(5, "models per fold, each with other validation speakers; their logits are averaged", "split")
+    seed: int = option(0, "random seed", "split")
+    epochs: int = option(40, "maximum epochs", "training")
+    patience: int = option(10, "early-stopping patience in epochs", "training")
+    batch: int = option(64, "maximum batch size; smaller on small sets, for about 16 steps per epoch", "training")
+    pooling: str = option("attentive", "pooling of frame sequences over time", "training", ("attentive", "mean"))
+    width: int = option(256, "hidden units", "training")
+    dropout: float = option(0.5, "dropout rate of the hidden units, in steps of 1/256", "training")
+    learning_rate: float = option(1e-3, "peak learning rate of AdamW, with cosine decay to zero", "training")
+    weight_decay: float = option(1e-2, "weight decay of AdamW", "training")
+    label_smoothing: float = option(0.1, "label smoothing", "training")
+    mixup: float = option(0.0, "maximum mixup weight", "training")
+    clip: float = option(1.0, "maximum global norm of the gradient", "training")
+    precision: str = option("float32", "precision of matrix products", "training", ("float32", "bfloat16"))
+    sweep: int = option(1, "number of settings to train: that of the other options, and random ones", "training")
+    fresh: bool = option(False, "start over even if the results folder holds an unfinished run", "output")
+    no_compile_cache: bool = option(False, "do not cache the compiled program for later runs", "output")
+    recompute_stats: bool = option(False, "recompute the statistics in DIR, unless you supplied them", "output")
+    require_gpu: bool = option(False, "exit with status 2 and the reason if no GPU can be used", "training")
 
     def __post_init__(self):
         super().__post_init__()
@@ -152,18 +152,36 @@ class Config(check_data.ScanOptions):
             require(0 < getattr(self, name) < math.inf, name, "above 0")
         for name in ("dropout", "label_smoothing", "mixup"):
             require(0 <= getattr(self, name) < 1, name, "at least 0 and below 1")
-        check_data.require_choice(self.pooling, "pooling", ("attentive", "mean"))
-        check_data.require_choice(self.precision, "precision", ("float32", "bfloat16"))
         require(0 <= self.weight_decay < math.inf, "weight_decay", "at least 0")
         require(0 <= self.seed < 2**32, "seed", "from 0 to 4294967295")
 
 
+TRAINING_OPTIONS = [
+    field.name for field in dataclasses.fields(Config)[1:] if field.metadata["group"] in ("split", "training")
+]
+DETAILS = """
+examples:
+  python train.py DIR                          train; results in runs/<name of DIR>
+  python train.py DIR --folds emobox-ravdess   with the folds of a publication
+  python train.py NEW --predict RUN            label other files with a model
+
+exit status: 0 done; 1 the run failed, or --predict left files out; 2 wrong usage,
+or nothing to work on; 130, 143, 129 ended by Ctrl-C, SIGTERM or SIGHUP: the same
+command resumes the run
+"""
+
+
 def parse_config(arguments=None) -> Config:
-    parser = argparse.ArgumentParser(
-        description="Train an emotion classifier on a folder of speech embeddings, or label one with a trained model."
-    )
-    check_data.add_options(parser, Config)
+    description = "Train an emotion classifier on a folder of speech embeddings, or label one with a trained model."
+    parser, _ = check_data.build_parser(Config, description, DETAILS)
     return Config(**vars(parser.parse_args(arguments)))
+
+
+def log_unused(config: Config, reason: str, names: Iterable[str]) -> None:
+    """Log the options among these that are set although they have no effect."""
+    changed = [name for name in names if getattr(config, name) != getattr(Config, name)]
+    if changed:
+        log.info(f"note: no effect {reason}: {', '.join(map(check_data.option_flag, changed))}")
 
 
 def set_options(config: Config) -> dict:
@@ -207,6 +225,8 @@ def train_and_score(config: Config, run: "RunFolder", run_log: logging.handlers.
     device = start_device(config)
     scan = scan_features(config, run.path)
     dataset = pack(scan, config.pooling)
+    if dataset.frames is None:
+        log_unused(config, "on vectors", ("pooling", "transpose"))
     split = make_split(dataset, config)
     stored, to_save = choose_statistics(scan, dataset, config)
     experiment = Experiment(config, dataset, split, stored)
@@ -226,7 +246,8 @@ def train_and_score(config: Config, run: "RunFolder", run_log: logging.handlers.
     # Reversed, so that the first finding of each code wins.
     examples = {finding.code: {"file": finding.file, "reason": finding.reason} for finding in reversed(scan.findings)}
     metrics |= {"left_out": scan.left_out(), "left_out_first": examples, "arrays": scan.keys_used()}
-    metrics |= {"device": device, "versions": package_versions(), "settings": set_options(config)}
+    metrics |= {"device": device, "version": check_data.VERSION, "versions": package_versions()}
+    metrics |= {"settings": set_options(config)}
     metrics |= {"command": check_data.command_line(config), "seconds": round(time.perf_counter() - started, 1)}
     return scan, experiment, trained, metrics
 
@@ -523,7 +544,7 @@ def make_split(dataset: Dataset, config: Config) -> Split:
         found = f"{folds.number} folds make {models} models, more than {MAX_MODELS}"
         raise UsageError(f"{found}; use fewer --folds, --seeds or --sweep")
     if n_versions := len(folds.original) - int(folds.original.sum()):
-        notes.append(f"{n_versions} files are versions of others: they are for training only, and not scored")
+        notes.append(f"{check_data.counted(n_versions, 'version')} of other files: for training only, not scored")
     train, validation = [], []
     for current in range(folds.number + 1):  # the last one is the final model
         rest = folds.fold != current
@@ -597,7 +618,8 @@ def check_disjoint(split: Split) -> None:
 
 def log_split(split: Split) -> None:
     kind = f"{split.folds}-fold" if split.scheme.isdecimal() else split.scheme
-    models = f"{split.folds} folds and the final model with {split.seeds} seeds each ({len(split.train)} models)"
+    folds, seeds = check_data.counted(split.folds, "fold"), check_data.counted(split.seeds, "seed")
+    models = f"{folds} and the final model with {seeds} each ({len(split.train)} models)"
     log.info(f"split: {kind}; training {models}")
     if split.independent:
         for fold in range(split.folds):
@@ -1681,6 +1703,7 @@ def describe_model(scan: check_data.Scan, experiment: Experiment, trained: Train
     config, dataset, _, stored = experiment
     return {
         "format": ARTIFACT_VERSION,
+        "version": check_data.VERSION,
         "classes": list(dataset.classes),
         "dim": scan.dim,
         "pooling": config.pooling if dataset.frames is not None else "mean",
@@ -1697,7 +1720,7 @@ def describe_model(scan: check_data.Scan, experiment: Experiment, trained: Train
 
 
 def fusion_bytes(utterances, classes, answers: Answers, final: Ensemble, fold=0) -> memoryview:
-    """fusion.npz: what a fusion with other modalities needs, a row for each utterance. README has the contract.
+    """fusion.npz: what a fusion with other modalities needs, a row for each utterance. See docs/reference.md.
 
     Its logits are those before calibration.
     """
@@ -1765,7 +1788,7 @@ def report_heading(metrics) -> tuple[str, str]:
     scheme = printable(metrics["fold_scheme"])
     if not scheme.isdecimal():
         method += f" ({scheme})"
-    speakers = "1 speaker" if metrics["n_speakers"] == 1 else f"{metrics['n_speakers']} speakers"
+    speakers = check_data.counted(metrics["n_speakers"], "speaker")
     return method, f"{metrics['n_utterances']} utterances, {speakers}, {classes} classes"
 
 
@@ -1854,8 +1877,7 @@ def note_grid(metrics) -> Table:
     grid.add_column(overflow="fold")
     left_out = sum(metrics["left_out"].values())
     if left_out:
-        files = "1 file" if left_out == 1 else f"{left_out} files"
-        grid.add_row("left out", f"{files}, listed in skipped.csv")
+        grid.add_row("left out", f"{check_data.counted(left_out, 'file')}, listed in skipped.csv")
     for note in metrics["notes"]:
         grid.add_row("note", printable(note))
     return grid
@@ -1940,7 +1962,7 @@ def report_html(metrics) -> bytes:
     body.append(f"<p class=card>{escape(citation(metrics))}</p>")
     body += [f"<p class=card>Note: {escape(note)}</p>" for note in metrics["notes"]]
     body += [f"<h2>{heading}</h2>{content}" for heading, content in page_sections(metrics) if content]
-    run = {name: metrics[name] for name in ("command", "device", "seconds")} | metrics["versions"]
+    run = {name: metrics[name] for name in ("command", "version", "device", "seconds")} | metrics["versions"]
     if metrics["arrays"]:  # NPY files have no names of arrays
         run |= {"array": listed(metrics["arrays"])}
     for heading, values in (("Settings", metrics["settings"]), ("Run and versions", run)):
@@ -2520,14 +2542,14 @@ def run_prediction(config: Config) -> int:
     if not is_primary():
         return 0
     model = load_model(run)
+    log_unused(config, "with --predict", TRAINING_OPTIONS)
     out = Path(config.out or run / f"predict-{os.path.basename(os.path.realpath(given))}")
     check_prediction_folder(out, given if given.is_dir() else given.parent, run)
     if config.dim not in (None, model.dim):
         raise UsageError(f"--dim is {config.dim}, but the model needs features {model.dim} wide")
     check_statistics(model, given)
     scan = check_data.Scan(given, model.dim, reshapes_vectors=model.reshapes_vectors, keys=model.keys)
-    mean, scale = model.statistics
-    size = check_data.Scale(model.rms, np.hypot(mean, scale))
+    size = check_data.Scale(model.rms, np.hypot(*model.statistics))
     utterances = []
 
     def usable_features():
@@ -2596,8 +2618,7 @@ def save_prediction(out: Path, model: Model, scan: check_data.Scan, utterances, 
     stats.write_files(out, artifacts)
     files = np.bincount(probability.argmax(1), minlength=len(model.classes))
     counts = ", ".join(f"{name} {count}" for name, count in zip(model.classes, files))
-    labelled = "1 file" if len(rows) == 1 else f"{len(rows)} files"
-    print(f"{labelled} labelled, {len(scan.findings)} left out: {printable(counts)}")
+    print(f"{check_data.counted(len(rows), 'file')} labelled, {len(scan.findings)} left out: {printable(counts)}")
 
 
 def print_scores(model: Model, utterances, logits) -> None:
@@ -2612,7 +2633,8 @@ def print_scores(model: Model, utterances, logits) -> None:
         low, high = metrics["ua_ci95"]
         speakers = len(metrics["speakers"])
         interval = f" ({low:.4f} to {high:.4f})" if speakers >= stats.FEW_SPEAKERS else ""
-        files = f"{len(counted)} files with a known label, of {speakers} unseen speakers"
+        files = f"{check_data.counted(len(counted), 'file')} with a known label"
+        files += f", of {check_data.counted(speakers, 'unseen speaker')}"
         print(f"UA {metrics['ua']:.4f}{interval} on {files}")
     if any(labelled) and len(counted) < len(utterances):
         reason = "label or speaker unknown, or the speaker was in the training data"

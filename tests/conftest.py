@@ -101,9 +101,10 @@ def rows_of(path):
         return list(csv.DictReader(file))
 
 
-def readme_python(word):
-    """The Python block of README that contains this word."""
-    blocks = [part.split("```")[0] for part in (ROOT / "README.md").read_text().split("```python\n")[1:]]
+def documented_python(word):
+    """The Python block of README or docs that contains this word."""
+    pages = [path.read_text() for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"))]
+    blocks = [part.split("```")[0] for page in pages for part in page.split("```python\n")[1:]]
     (block,) = [block for block in blocks if word in block]
     return block
 

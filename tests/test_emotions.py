@@ -1,6 +1,7 @@
 import re
 
 import pytest
+from conftest import documented_python
 
 import emotions
 
@@ -202,8 +203,8 @@ def test_all_corpora_are_present():
 
 
 def test_a_corpus_is_added_with_one_entry(monkeypatch):
-    entry = emotions.Corpus(r"(?P<speaker>p\d+)~(?P<emotion>j|t)", {"emotion": {"j": "happy", "t": "sad"}})
-    monkeypatch.setitem(emotions.CORPORA, "mine", entry)
+    entry = eval(f"{{{documented_python('Corpus(')}}}", {"Corpus": emotions.Corpus})
+    monkeypatch.setitem(emotions.CORPORA, "mine", entry["mine"])
     for name in ("p07~j.npz", "mine_p07~j.wav.npz"):
         utterance = emotions.parse_name(name)
         assert (utterance.corpus, utterance.emotion, utterance.speaker) == ("mine", "happy", "mine:p07")

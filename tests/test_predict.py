@@ -9,7 +9,7 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import FAST, ROOT, readme_python, rows_of, write_sequences
+from conftest import FAST, ROOT, documented_python, rows_of, write_sequences
 from make_sample import write_sample
 
 import check_data
@@ -91,16 +91,16 @@ def test_sequences_train_and_are_predicted_alike(tmp_path, jax_stack, pooling, m
     for name in emotions.EMOTIONS:
         assert float(row[f"p_{name}"]) == pytest.approx(float(rows[5][f"p_{name}"]), abs=1e-4)
 
-    if pooling == "attentive":  # README's program on sequences; vectors are tested below
+    if pooling == "attentive":  # the documented program on sequences; vectors are tested below
         scope = {}
-        exec(readme_python("probabilities").replace("runs/sample", str(run)), scope)
+        exec(documented_python("def probabilities").replace("runs/sample", str(run)), scope)
         for row in rows[::7]:
             expected = scope["probabilities"](np.load(data / row["file"])["emb"])
             written = [float(row[f"p_{name}"]) for name in scope["classes"]]
             np.testing.assert_allclose(written, expected, atol=1e-5)
 
 
-def test_prediction_needs_no_labels_and_agrees_with_the_readmes_numpy(trained, tmp_path, capsys, monkeypatch):
+def test_prediction_needs_no_labels_and_agrees_with_the_documented_numpy(trained, tmp_path, capsys, monkeypatch):
     plain = tmp_path / "plain"
     plain.mkdir()
     files = sorted((trained / "data").glob("*_*.npz"))
@@ -115,7 +115,7 @@ def test_prediction_needs_no_labels_and_agrees_with_the_readmes_numpy(trained, t
     (tmp_path / "runs" / "sample").symlink_to(trained / "first")
     monkeypatch.chdir(tmp_path)
     scope = {}
-    exec(readme_python("probabilities"), scope)
+    exec(documented_python("def probabilities"), scope)
     expected = np.stack([scope["probabilities"](np.load(file)["emb"]) for file in files])
     assert scope["classes"] == list(emotions.EMOTIONS)
     rows = rows_of(tmp_path / "out" / "predictions.csv")

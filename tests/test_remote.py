@@ -689,15 +689,6 @@ def test_every_artifact_is_downloaded():
     assert set(listed) == ARTIFACTS - {"lock"} | {"remote.log"}
 
 
-def test_the_readme_names_every_command_and_verdict():
-    section = (ROOT / "README.md").read_text().split("## On a rented GPU machine")[1].split("\n## ")[0]
-    for command in ("deploy HOST DIR", "monitor HOST -f", "download HOST", "stop HOST", "remove HOST"):
-        assert f"./remote.sh {command}" in section
-    verdicts = ("finished", "failed N", "running", "stalled", "unhealthy", "killed", "not deployed", "unreachable")
-    for status, name in zip((0, 1, 3, 4, 5, 6, 7, 255), verdicts):
-        assert f"| {status} | {name} |" in section
-
-
 def test_every_option_of_train_py_without_a_value_is_known():
     flags = {f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(train.Config) if field.type is bool}
     known = (ROOT / "remote.sh").read_text().split("--*=*")[1].split(")")[0]

@@ -12,7 +12,7 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import ARTIFACTS, FAST, ROOT, bare_dataset, readme_python, rows_of
+from conftest import ARTIFACTS, FAST, ROOT, bare_dataset, documented_python, rows_of
 from make_sample import write_sample
 
 import check_data
@@ -196,12 +196,12 @@ def test_the_embedding_is_the_hidden_layer_of_each_seed_of_the_fold(experiment, 
         np.testing.assert_allclose(outcome.answers.embedding[number], np.concatenate(layers), rtol=1e-3, atol=1e-4)
 
 
-def test_the_readmes_late_fusion_runs(trained, metrics, tmp_path, monkeypatch, capsys):
+def test_the_documented_late_fusion_runs(trained, metrics, tmp_path, monkeypatch, capsys):
     (tmp_path / "runs").mkdir()
     for name, run in (("voice", "first"), ("face", "second")):
         (tmp_path / "runs" / name).symlink_to(trained / run)
     monkeypatch.chdir(tmp_path)
-    exec(readme_python("intersect1d"), {})
+    exec(documented_python("intersect1d"), {})
     # Both runs are the same: fusion changes nothing.
     assert capsys.readouterr().out == f"fused: {metrics['wa']:.4f} of 112 utterances right\n"
 
@@ -604,7 +604,7 @@ def test_versions_of_a_recording_are_trained_on_but_neither_predicted_nor_scored
     assert train.main([str(data), "--out", str(run), *FAST, "--epochs", "1"]) == 0
     metrics = json.loads((run / "metrics.json").read_text())
     assert metrics["n_utterances"] == sum(fold["n_test"] for fold in metrics["folds"]) == len(originals)
-    assert any(note.startswith(f"{len(originals)} files are versions of others") for note in metrics["notes"])
+    assert any(note.startswith(f"{len(originals)} versions of other files") for note in metrics["notes"])
     assert [row["file"].removesuffix(".npz") for row in rows_of(run / "predictions.csv")] == originals
     with np.load(run / "fusion.npz") as fusion:
         assert fusion["id"].tolist() == originals

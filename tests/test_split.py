@@ -94,24 +94,48 @@ def test_help_needs_no_jax():
     code = "import sys; sys.modules['jax'] = None; import train; train.main(['--help'])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
-    for field in dataclasses.fields(train.Config)[1:]:
-        assert f"--{field.name.replace('_', '-')}" in done.stdout
 
 
-def test_the_readme_documents_every_option_with_its_default():
-    table = [line.split(" | ") for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("| `--")]
-    documented = {}
-    for names, *columns in table:
-        names = re.findall(r"`--([a-z-]+)`", names)
-        values = columns[0].split(", ") if len(columns) == 2 else [""] * len(names)
-        documented |= dict(zip(names, values, strict=True))
-    fields = {field.name.replace("_", "-"): field.default for field in dataclasses.fields(train.Config)[1:]}
-    assert documented.keys() == fields.keys()
-    for name, default in fields.items():
-        if default is None or default is False or default == ():
-            assert documented[name] in ("", "`runs/<name of DIR>`")
-        else:
-            assert type(default)(documented[name]) == default
+@pytest.mark.parametrize("program", [train, check_data])
+def test_help_has_every_option_in_its_group_with_choices_and_default_then_examples_and_exit_status(program, capsys):
+    options = train.Config if program is train else check_data.ScanOptions
+    with pytest.raises(SystemExit) as ended:
+        program.main(["--help"])
+    assert ended.value.code == 0
+    _, *parts = re.split(r"^([a-z ]+):", capsys.readouterr().out, flags=re.MULTILINE)
+    sections = {title: " ".join(text.split()) for title, text in zip(parts[::2], parts[1::2])}
+    assert list(sections)[-2:] == ["examples", "exit status"]
+    for field in dataclasses.fields(options)[1:]:
+        entry = sections[field.metadata["group"]].split(f"{check_data.option_flag(field.name)} ")[1].split(" --")[0]
+        assert all(choice in entry for choice in field.metadata["choices"])
+        if field.default not in (None, False, ()):
+            assert entry.endswith(f"(default: {field.default})")
+
+
+@pytest.mark.parametrize("program", [train, check_data])
+def test_both_programs_have_the_version_of_the_changelog(program, capsys):
+    with pytest.raises(SystemExit) as ended:
+        program.main(["--version"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out.endswith(f" {check_data.VERSION}\n")
+    changelog = (ROOT / "CHANGELOG.md").read_text()
+    assert re.search(r"^## (\S+)", changelog, re.MULTILINE)[1] == check_data.VERSION
+
+
+def test_options_without_effect_are_noted(caplog):
+    with caplog.at_level("INFO"):
+        train.log_unused(train.Config("D", pooling="mean", epochs=3), "on vectors", ("pooling", "transpose"))
+        train.log_unused(train.Config("D"), "with --predict", train.TRAINING_OPTIONS)
+        train.log_unused(train.Config("D", label_smoothing=0, key="x"), "with --predict", train.TRAINING_OPTIONS)
+    assert caplog.messages == [
+        "note: no effect on vectors: --pooling",
+        "note: no effect with --predict: --label-smoothing",
+    ]
+
+
+@pytest.mark.parametrize(("number", "expected"), [(0, "0 files"), (1, "1 file"), (2, "2 files")])
+def test_a_number_is_printed_with_the_right_form_of_its_noun(number, expected):
+    assert check_data.counted(number, "file") == expected
 
 
 # --- the split ---
@@ -280,13 +304,14 @@ def test_the_next_fold_validates_where_the_scheme_requires_it():
         assert set(split.speaker[split.validation[row]]) == set(blocks[(row // SMALL.seeds + 1) % 5])
     final = [split.speakers(split.validation[row]) for row in split.members(5)]
     assert final[0] != final[1]
+    assert any("listeners perceived" in note and "not comparable" in note for note in split.notes)
 
 
 def test_an_official_scheme_refuses_unknown_speakers_and_notes_missing_ones():
     with pytest.raises(check_data.UsageError, match="does not cover speaker ravdess:25; use --folds 5"):
         split_of(many_speakers(25), folds="emobox-ravdess")
     notes = split_of(many_speakers(20), folds="emobox-ravdess").notes
-    assert notes == ["4 speakers of emobox-ravdess are missing: the scores are not comparable with published ones"]
+    assert notes == ["4 speakers of emobox-ravdess missing: the scores are not comparable with published ones"]
 
 
 def test_an_official_scheme_with_speakers_of_one_fold_is_refused():
@@ -360,7 +385,7 @@ def test_files_of_unknown_speakers_stay_together_beside_known_speakers():
     split = split_of(bare_dataset(speakers, [0, 1, 2] * 12))
     assert len(set(split.fold[-6:])) == 1
     assert not split.independent
-    assert split.notes[0].startswith("6 files have no known speaker")
+    assert split.notes[0].startswith("speaker unknown for 6 files, ")
     assert "NOT speaker-independent" in split.notes[0]
 
 
@@ -429,7 +454,7 @@ def test_versions_stay_with_their_original_and_only_train(speakers):
         assert not (validation & version).any()
         assert not set(recording[training]) & (set(recording[validation]) | set(recording[tested]))
         assert (training & version).any()
-    assert f"{version.sum()} files are versions of others: they are for training only, and not scored" in split.notes
+    assert f"{version.sum()} versions of other files: for training only, not scored" in split.notes
 
 
 def test_files_of_one_recording_without_an_original_stay_together_and_are_all_scored():
