@@ -288,7 +288,7 @@ def _read_directory(blob: bytes) -> list[ZipEntry]:
     if disk or first_disk or n_here != n_entries or start + size > directory_end:
         raise _bad_zip("inconsistent directory")
     if start + size < directory_end:  # offsets count from the start of the archive
-        raise DataError("junk", f"{directory_end - start - size} bytes precede the zip archive")
+        raise DataError("junk", f"{counted(directory_end - start - size, 'byte')} before the zip archive")
     if n_entries > min(_MAX_ENTRIES, size // _DIRECTORY_ENTRY.size):
         raise _bad_zip(f"the directory lists {n_entries} entries")
     entries, begin, position = [], 0, start
@@ -500,7 +500,7 @@ def _select_features(blob: bytes, entries: list[ZipEntry], keys: Names) -> tuple
             if keys or Member.of(key, data).is_filled:
                 return by_name[key], data
     if keys:
-        raise DataError("no-key", f"has no array {' or '.join(keys)}, but {', '.join(by_name) or 'none'}")
+        raise DataError("no-key", f"has no array {' or '.join(keys)}; it holds {', '.join(by_name) or 'none'}")
     data_by_name = _extract_all(blob, entries, 2 * MAX_ARRAY_BYTES)
     members = [Member.of(name, data) for name, data in data_by_name.items()]
     if not entries:
@@ -555,7 +555,7 @@ def read_features(path: str | Path, transpose: bool = False, nan_to_zero: bool =
     if stored.ndim > 1 and shape[0] == 1:
         stored = stored[0]
     if stored.ndim > 2:
-        expected = f"{stored.shape[0]} layers? expected (D,), (T, D) or (1, T, D)"
+        expected = f"perhaps {stored.shape[0]} layers; expected (D,), (T, D) or (1, T, D)"
         raise DataError("bad-shape", f"its array has shape {shape}: {expected}")
     if transpose and stored.ndim == 2:
         stored = stored.T
@@ -618,7 +618,7 @@ def parse_arrays(
     """
     entries = _read_directory(blob)
     if names is not None and {entry.name for entry in entries} != set(names):
-        raise DataError("no-array", "does not hold the arrays that belong into it")
+        raise DataError("no-array", "does not contain the expected arrays")
     return {name: stats.npy_array(data, kinds) for name, data in _extract_all(blob, entries, limit).items()}
 
 
@@ -648,7 +648,7 @@ REMEDIES = dict.fromkeys(_DAMAGED, "copy it again, or extract its features again
     "not-finite": "extract its features again, or replace such values by zero with --nan-to-zero",
     "constant": "extract its features again",
     "absurd-scale": "extract its features again, or from another layer",
-    "statistics-file": "save the two .npy files and move it away",
+    "statistics-file": "save them as the two .npy files, and move this one elsewhere",
     "whole-set": "split it into one file for each utterance",
     "labels-inside": "write a table of the labels and pass it with --labels",
     "unknown-name": "rename it as its corpus does, move it to an emotion-named folder, or use --pattern or --labels",
@@ -670,7 +670,7 @@ REMEDIES = dict.fromkeys(_DAMAGED, "copy it again, or extract its features again
 NOTES = {
     "duplicate": "identical features under two names with the same label; both are counted",
     "twins": "the same recording with and without video; both are counted",
-    "tails": "names of a corpus with a tail",
+    "tails": "file names of a corpus, followed by a tail",
     "versions": "versions of a recording whose original is here too; they are for training only, and not scored",
     "same-recording": "files that seem to be of one recording; they stay on one side of the split, and all are counted",
     "new-class": "targets of --merge that are no known emotion",
@@ -720,16 +720,17 @@ class ScanOptions:
             raise UsageError("DIR must not be empty")
         object.__setattr__(self, "merge", tuple(self.merge))  # argparse gives a list; the dataclass is frozen
         _parse_merges(self.merge)
-        require(self.dim is None or 1 <= self.dim <= MAX_ARRAY_BYTES, "dim", "at least 1, and no more than a file has")
+        require(self.dim is None or 1 <= self.dim <= MAX_ARRAY_BYTES, "dim", f"from 1 to {MAX_ARRAY_BYTES}")
         for name in ("pattern", "labels", "key", "folds"):
             require(getattr(self, name) != "", name, "non-empty")
-        require(not (self.pattern and self.labels), "pattern", "used without --labels")
+        if self.pattern and self.labels:
+            raise UsageError("use either --pattern or --labels")
         check_choices(self)
         if self.folds not in FOLD_SCHEMES and not (re.fullmatch("[0-9]{1,9}", self.folds) and int(self.folds) > 1):
             known = f"{', '.join(FOLD_SCHEMES)}{suggest(self.folds, FOLD_SCHEMES)}"
             raise UsageError(f"--folds {self.folds!r} is not a fold scheme; use a number >= 2 or one of {known}")
-        given = bool(self.labels or self.pattern)
-        require(self.folds != "table" or given, "folds", "used with --labels if it is table")
+        if self.folds == "table" and not (self.labels or self.pattern):
+            raise UsageError("--folds table needs --labels FILE with a column split or fold")
         require(self.classes is None or bool(_parse_emotions(self.classes)), "classes", "a list like happy,sad,angry")
 
     def read(self, path: str | Path, model_keys: Names = ()) -> Features:
@@ -1086,7 +1087,7 @@ def _label_by_table(files: list[str], table: Path) -> Iterator[Label]:
     files_of = _match_paths(lines, keys.values())
     if files and lines and not any(lines_of.values()):
         first = next(iter(lines))
-        raise UsageError(f"{name}: no line fits a file; compare {first!r} in the table with {files[0]!r} in the folder")
+        raise UsageError(f"{name}: no line matches a file: the table has {first!r}, the folder {files[0]!r}")
     fault = functools.partial(DataError, "not-in-table")
     for file, key in keys.items():
         if not lines_of[key]:
@@ -1100,9 +1101,9 @@ def _label_by_table(files: list[str], table: Path) -> Iterator[Label]:
             yield fault(f"fits the lines {path} and {more[0]} of {name}")
         # MELD has other recordings of the same name on each side.
         elif side_of_line and side_of_file and side_of_line.isdisjoint(side_of_file):
-            yield fault(f"the line {path} of {name} is of another side")
+            yield fault(f"line {path} of {name} belongs to another split (train, dev or test)")
         elif rivals:
-            yield fault(f"the line {path} of {name} fits it and {rivals[0]}")
+            yield fault(f"line {path} of {name} fits both this file and {rivals[0]}")
         elif not emotion:
             yield fault(f"has no emotion in {name}")
         elif emotions.is_unknown(emotion):
@@ -1249,7 +1250,7 @@ def _explain_statistics(arrays: Arrays, folder: str, stem: str) -> Explanation |
         return None
     recipe = f"""np.save({folder!r} + "/wav2vec_mean.npy", {mean})
 np.save({folder!r} + "/wav2vec_std.npy", {std})"""
-    return "looks like statistics", recipe
+    return "holds a mean and a standard deviation, not features", recipe
 
 
 def _explain_rows(arrays: Arrays, folder: str, stem: str) -> Explanation | None:
@@ -1311,7 +1312,7 @@ for path in folder.rglob("*.npz"):
     lines.append([path.relative_to(folder), {", ".join(cells)}])
 csv.writer(open("labels.csv", "w", newline="")).writerows(lines)
 # then add --labels labels.csv"""
-    return f"its labels are inside: {' and '.join(member.name for member in found)}", recipe
+    return f"holds its own labels, in the arrays {' and '.join(member.name for member in found)}", recipe
 
 
 #: For each code, the function that recognises such files.
@@ -1603,7 +1604,7 @@ def _find_duplicates(result: Scan) -> tuple[Reasons, list[str]]:
             continue
         for other in others:
             if first.recording == other.recording != "" and first.modality == other.modality:
-                reasons[other.file] = ("copy", f"is a copy of {first.file}")
+                reasons[other.file] = ("copy", f"has the same features as {first.file}, of the same recording")
             elif len(speakers) > 1 or None in speakers:
                 # A split by speaker could put copies of training data into the test set.
                 reason = f"has the same features as {first.file} by {first.speaker or 'an unknown speaker'}"
@@ -1664,7 +1665,7 @@ def _observe(result: Scan) -> Observations:
     rows = {record.shape[0] if len(record.shape) == 2 else 1 for record in result.records}
     if len(result.records) > 1 and len(rows) == 1 and rows != {1} and not result.options.transpose:
         read = f"{rows.pop()} rows of {result.dim} values, read as frames"
-        found["equal-length"] = f"{read}; features by frames? --transpose; layers of an encoder? save one of them"
+        found["equal-length"] = f"{read}; if they are features by frames, use --transpose; if layers, save one"
     return found | _observe_recordings(utterances) | _observe_classes(result) | _observe_features(result)
 
 
@@ -1788,7 +1789,7 @@ def blockers(result: Scan) -> list[str]:
         return ["no file can be used: fix the first problem above; the others often have the same cause"]
     classes = result.count("emotion")
     if len(classes) < 2:
-        return [f"all files have the same emotion ({printable(next(iter(classes)))}); add files with another one"]
+        return [f"all files have the same emotion ({printable(next(iter(classes)))}); at least two emotions are needed"]
     if len(classes) > MAX_CLASSES or max(map(len, classes)) > MAX_CLASS_NAME:
         question = "is the label an id or a text? Use --classes to keep the emotions"
         return [f"{len(classes)} emotions, of up to {max(map(len, classes))} characters: {question}"]
@@ -1844,7 +1845,7 @@ def assign_folds(options: ScanOptions, utterances: list[Utterance], label: Array
     elif scheme.isdecimal():
         number = min(int(scheme), len(set(speaker)))
         if number < int(scheme):
-            notes.append(f"{number} speakers allow only {number} folds, not {scheme}")
+            notes.append(f"--folds {scheme} was reduced to {number}: there are {number} speakers")
         fold = stats.balanced_blocks(stats.numbered(speaker), label, number, seed)
     elif speaker is recording:
         raise UsageError(f"--folds {scheme} needs file names that identify speakers; use --folds 5")
@@ -2013,7 +2014,7 @@ def findings_report(result: Scan, limit: int | None = 20) -> Iterator[str]:
             yield f"... and {count - limit} more {code} (--all)"
     for code, recipe in result.recipes.items():
         if recipe:
-            yield f"{code}: Python that does it, after import csv, os, pathlib, numpy as np"
+            yield f"{code}: Python code for this, after import csv, os, pathlib, numpy as np"
             yield from (f"    {line}" for line in recipe.splitlines())
 
 

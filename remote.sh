@@ -97,7 +97,7 @@ upload() {
     shift 2
     # shellcheck disable=SC2086 # a command and its options
     (cd -- "$folder" && find -L "$@" -type f -exec $sha256 {} +) >"$tmp/found" ||
-        echo "remote.sh: what cannot be read is left out" >&2
+        echo "remote.sh: unreadable files are skipped" >&2
     [ -s "$tmp/found" ] || die 2 "there is no file to read in $folder"
     sort "$tmp/found" >"$tmp/manifest"
     there=data/$name-$($sha256 <"$tmp/manifest" | cut -c 1-12)
@@ -112,7 +112,7 @@ upload() {
         status=$?
         [ "$status" -eq 8 ] || exit "$status"
     done
-    die 1 "these did not arrive whole: $(head -n 20 "$tmp/wrong")"
+    die 1 "incomplete or damaged after transfer: $(head -n 20 "$tmp/wrong")"
 }
 
 deploy() { # ARGUMENT... of train.py
@@ -176,18 +176,18 @@ download() {
     dest=${1:-runs/$host/$(plain "$(sed -n 1p "$tmp/header")")}
     case $dest in /*) ;; *) dest=./$dest ;; esac
     [ -e "$dest/manifest.sha256" ] || [ -z "$(ls -A -- "$dest" 2>/dev/null)" ] ||
-        die 2 "$dest holds other things: name another folder"
+        die 2 "$dest contains other files; choose another folder"
     mkdir -p -- "${dest%/*}/" && part=$(mktemp -d "${dest%/}.XXXXXX") || exit 1
     for name in $artifacts; do
         entry=$(sed -n "s/^\([0-9a-f]\{64\} [0-9]\{1,10\}\) $name\$/\1/p" "$tmp/header" | head -n 1)
         [ -n "$entry" ] || continue
         sum=${entry% *} size=${entry#* }
         tail -c "+$((offset + 1))" "$tmp/answer" | head -c "$size" >"$part/$name"
-        case $($sha256 <"$part/$name") in "$sum "*) ;; *) die 1 "these did not arrive whole: $name" ;; esac
+        case $($sha256 <"$part/$name") in "$sum "*) ;; *) die 1 "incomplete or damaged after transfer: $name" ;; esac
         echo "$sum  $name" >>"$part/manifest.sha256"
         offset=$((offset + size))
     done
-    [ -e "$part/manifest.sha256" ] || die 1 "the run has left nothing yet"
+    [ -e "$part/manifest.sha256" ] || die 1 "the run has no results yet"
     mkdir -p -- "$dest" && mv -f -- "$part/manifest.sha256" "$dest/" && mv -f -- "$part"/* "$dest/" || exit 1
     printf '%s\n' "verified in $dest:" "$(cut -c 67- "$dest/manifest.sha256")" | shown
 }
@@ -214,20 +214,20 @@ locked() { # by the launcher and the programs it starts: it falls with the last 
 }
 
 busy() {
-    echo "a run is going on there (remote.sh stop ends it): nothing was changed" >&2
+    echo "a run is active there (remote.sh stop ends it): nothing was changed" >&2
     exit 3
 }
 
 prepare() { # PYTHON or nothing; print the Python to use. What is needed there is checked before anything is copied
     for tool in flock setsid sha256sum tar awk; do
-        command -v "$tool" >/dev/null || { echo "$tool is needed on the far side" >&2 && exit 1; }
+        command -v "$tool" >/dev/null || { echo "$tool is needed on HOST" >&2 && exit 1; }
     done
     ! locked || busy
     [ -n "$1" ] || set -- "$(cat venv/python 2>/dev/null)" python3 python3.14 python3.13 python3.12 python3.11
     for name; do
         "$name" -c 'import ensurepip, sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo "$name" && return
     done
-    echo "Python 3.11 or newer with venv is needed on the far side; PYTHON=NAME names another than $*" >&2
+    echo "Python 3.11 or newer with venv is needed on HOST; PYTHON=NAME names another than $*" >&2
     exit 1
 }
 
@@ -242,7 +242,7 @@ unpack() { # FOLDER; the archive is standard input
 }
 
 start() { # PYTHON SCRIPTS DIR OUT ARGUMENT... of train.py
-    [ -e "$3" ] || { echo "DIR is neither here nor there" >&2 && exit 2; }
+    [ -e "$3" ] || { echo "DIR exists neither here nor on HOST" >&2 && exit 2; }
     exec 9>>lock
     flock -n 9 || { sleep 1 && flock -n 9; } || busy # a monitor that looks holds it for an instant
     mkdir -p -- "$4" && ln -sfn -- "$4" current || exit 1
@@ -275,7 +275,7 @@ launch() { # PYTHON SCRIPTS ARGUMENT... of train.py; the lock is on descriptor 9
 }
 
 stop() { # the run and all it has started: one process group, whose number is its own while the lock is held
-    locked || { echo "no run is going on there" && return; }
+    locked || { echo "no run is active there" && return; }
     group=$(cat group) && kill -s TERM -- "-$group" || exit 1
     tries=0
     while locked; do
@@ -373,7 +373,7 @@ erase() { # [yes]: remove, or only list, what deploy has made here; whatever els
     [ $# -gt 0 ] || { pwd -P && du -sh -- data/*-???????????? runs/* venv 2>/dev/null; exit 0; }
     rm -rf -- data/*-???????????? runs/* venv current group pid started status status.* step lock || exit 1
     rmdir data runs 2>/dev/null
-    [ -z "$(ls -A)" ] || { echo "removed, but for:" && ls -A && exit; }
+    [ -z "$(ls -A)" ] || { echo "removed, except:" && ls -A && exit; }
     rmdir -- "$PWD" 2>/dev/null # not if it is a link
     echo removed
 }

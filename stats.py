@@ -148,7 +148,7 @@ def npy_header(blob: bytes | memoryview) -> tuple[NpyHeader, int]:
         `bad-npy-header`.
     """
     if bytes(blob[:6]) != b"\x93NUMPY" or len(blob) < 12:
-        raise DataError("bad-npy-header", "it does not begin with the npy magic")
+        raise DataError("bad-npy-header", "it does not start with the npy signature")
     major, minor = blob[6], blob[7]
     if (major, minor) not in ((1, 0), (2, 0), (3, 0)):
         raise DataError("bad-npy-header", f"npy format {major}.{minor} is unknown")

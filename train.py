@@ -234,7 +234,7 @@ def train_and_score(config: Config, run: "RunFolder", run_log: logging.handlers.
     if is_primary():
         begin_log(run_log, run.path / "train.log", append=epochs_done > 0)
         if to_save and not stats.save(scan.directory, stored.statistics, scan.fingerprint):
-            log.info("statistics: DIR has got some since the scan, which are neither used nor replaced")
+            log.info("statistics: files appeared in DIR during the scan; they are neither used nor replaced")
     log_split(split)
     again = "the same command without --fresh" if config.fresh else "the same command"
     log.info(f"this run may be stopped at any time: {again} resumes it from its last checkpoint")
@@ -275,7 +275,7 @@ def start_device(config: Config) -> str:
     log.debug("starting jax")
     device = start_jax()
     if (jax.process_index() == 0) != is_primary():
-        raise UsageError("the environment makes this one of several processes, but jax has found no others")
+        raise UsageError("the environment describes several processes, but jax found only this one")
     if config.require_gpu and jax.default_backend() != "gpu":
         raise UsageError(f"--require-gpu: the device would be {device}")
     if not is_primary():
@@ -390,7 +390,7 @@ def check_folder(out: Path, features: Path, files: tuple[str, ...], is_ours: boo
     inside = Path(os.path.realpath(features)) in Path(os.path.realpath(out)).parents
     same = features.exists() and os.path.samefile(out, features)
     if same or check_data.holds_features(out, subfolders=inside):
-        raise UsageError(f"--out {name} is the folder of the features, or has some of them; choose another")
+        raise UsageError(f"--out {name} is the feature folder, or contains features; choose another")
     found = [file for file in files if os.path.lexists(out / file)]
     if found and not is_ours:
         raise UsageError(f"{name} holds a {found[0]} that is not of this program; choose another --out")
@@ -647,7 +647,7 @@ def choose_statistics(scan: check_data.Scan, dataset: Dataset, config: Config):
         return stored, False
     log.info("normalisation: each fold from its training speakers; final model from all data")
     if scan.statistics_are_stale and not config.recompute_stats:
-        log.info(f"statistics: {name} is of other files; neither used nor replaced")
+        log.info(f"statistics: {name} was computed for other files; it is neither used nor replaced")
     # Those of other files stay: the next run may be on them again.
     to_save = (stored is None or config.recompute_stats) and os.access(scan.directory, os.W_OK)
     return stats.Stored(dataset.moments.merged().statistics(), False, scan.fingerprint), to_save
@@ -1244,7 +1244,7 @@ def raise_if_diverged(bad_steps, epoch: int, split: Split) -> None:
     if diverged.size:
         names = ", ".join(sorted({split.fold_name(split.fold_of(row)) for row in diverged.tolist()}))
         found = f"loss or gradient was NaN or Inf in {bad_steps.max()} consecutive steps (fold {names})"
-        advice = "look at the features with check_data.py, and try a smaller --learning-rate with --fresh"
+        advice = "check the features with check_data.py, and try a smaller --learning-rate with --fresh"
         raise TrainingError(f"up to epoch {epoch + EPOCHS_PER_CALL}: {found}; {advice}")
 
 
@@ -1529,7 +1529,7 @@ def train(experiment: Experiment, run: "RunFolder | None" = None) -> Trained:
     answers = answer_tests(dataset, split, ensembles, weights)
     if not np.isfinite(answers.logits).all():
         raise TrainingError(
-            "the features of an utterance are so large that the network overflows; look at them with check_data.py"
+            "the features of an utterance are so large that the network overflows; check them with check_data.py"
         )
     history = history_rows(progress.history, split)
     return Trained(ensembles, answers, state.best_epoch[rows], state.skipped[rows], history, choices, sweep)
@@ -1554,7 +1554,7 @@ def choose_settings(best_loss, split: Split, settings):
     # Without padding members; the loss is that of the group, and so alike for all its seeds.
     loss = best_loss[:size].reshape(len(settings), split.folds + 1, split.seeds)[:, :, 0]
     if not np.isfinite(loss).any(0).all():
-        raise TrainingError("no epoch of a fold had a finite validation loss; look at the features with check_data.py")
+        raise TrainingError("no epoch of a fold had a finite validation loss; check the features with check_data.py")
     chosen = loss.argmin(0)
     table = []
     for number, setting in enumerate(settings if len(settings) > 1 else []):
@@ -1582,7 +1582,7 @@ def evaluate(experiment: Experiment, trained: Trained) -> dict:
     if stored.user_supplied:
         notes.append("your statistics apply to every fold; if they are of these files, they include the test speakers")
     if len(metrics["speakers"]) < stats.FEW_SPEAKERS:
-        notes.append(f"intervals over fewer than {stats.FEW_SPEAKERS} speakers mean little")
+        notes.append(f"with fewer than {stats.FEW_SPEAKERS} speakers the intervals are unreliable")
     if not split.independent:
         metrics["speakers"] = {}
     if trained.sweep:
@@ -2402,7 +2402,7 @@ def open_own(path: Path) -> int:
     status = os.fstat(descriptor)
     if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
         os.close(descriptor)
-        raise UsageError(f"{printable(str(path))} is not a regular file, or has a second name; remove it")
+        raise UsageError(f"{printable(str(path))} is not a regular file, or has a second hard link; remove it")
     return descriptor
 
 
@@ -2477,7 +2477,7 @@ def load_model(run: Path) -> Model:
         blob = stats.read_bytes(run / "model.npz", MAX_MODEL)
         arrays = check_data.parse_arrays(blob, MAX_MODEL, names=expected_shapes(model, {}))
     except stats.DataError as error:
-        raise UsageError(f"{name} holds no finished model: {printable(str(error))}") from None
+        raise UsageError(f"{name} contains no finished model: {printable(str(error))}") from None
     shapes = {path: array.shape for path, array in arrays.items()}
     if hashlib.sha256(blob).hexdigest() != model.digest or shapes != expected_shapes(model, arrays):
         raise UsageError(f"{name}: config.json and model.npz do not belong together")
@@ -2564,14 +2564,14 @@ def run_prediction(config: Config) -> int:
         answers = Answers.of(model.ensemble, model.temperature, usable_features())
     finite = np.isfinite(answers.logits).all(1)  # the most probable of NaN would be the first class
     for place in np.flatnonzero(~finite):
-        scan.findings.append(check_data.Finding(utterances[place].file, "overflow", "the model's answer is not finite"))
+        scan.findings.append(check_data.Finding(utterances[place].file, "overflow", "the model's output is NaN or Inf"))
     utterances = [utterance for utterance, answered in zip(utterances, finite) if answered]
     answers = Answers(*(part[finite] for part in answers))
     scan.findings.sort()
     for line in check_data.findings_report(scan):
         log.info(line)
     if not utterances:
-        raise UsageError(f"no file can be used; the model needs features {model.dim} wide, of its encoder")
+        raise UsageError(f"no file can be used; the model needs {model.dim}-dimensional features from its own encoder")
     save_prediction(out, model, scan, utterances, answers)
     print_scores(model, utterances, answers.logits)
     print(printable(str(out / "predictions.csv")))
@@ -2677,7 +2677,7 @@ def start_jax() -> str:
             reason = f"THE GPU COULD NOT BE USED: {fault}"
             if os.environ.get("LD_LIBRARY_PATH"):  # libraries of another CUDA
                 reason += " (unset LD_LIBRARY_PATH)"
-        return f"CPU ({available_cores()} cores), because {reason or 'jax found nothing else'}"
+        return f"CPU ({check_data.counted(available_cores(), 'core')}), because {reason or 'jax found nothing else'}"
     more = f" and {jax.device_count() - 1} more" if jax.device_count() > 1 else ""
     return f"{device.platform.upper()} {device.device_kind}{more}"
 

@@ -173,7 +173,7 @@ def test_an_equal_number_of_rows_in_all_files_is_noted(tmp_path):
 
 
 def test_layers_of_sequences_are_recognised(tmp_path):
-    with pytest.raises(stats.DataError, match=r"\(13, 4, 8\): 13 layers\?"):
+    with pytest.raises(stats.DataError, match=r"\(13, 4, 8\): perhaps 13 layers"):
         read_features(write(tmp_path / "x.npz", emb=numbers(13, 4, 8)))
 
 
@@ -308,7 +308,7 @@ def test_labels_inside_the_files_are_written_to_a_table_by_the_lines_given(tmp_p
     for k in range(4):
         np.savez(data / f"utt_{k}.npz", x=numbers(20, seed=k), y=WORDS[k % 2], speaker=f"s{k}")
     code, reason, recipe = explained(data)
-    assert (code, reason) == ("labels-inside", "its labels are inside: y and speaker")
+    assert (code, reason) == ("labels-inside", "holds its own labels, in the arrays y and speaker")
     run_recipe(recipe, monkeypatch, tmp_path)
     result = scan(data, labels="labels.csv")
     assert (result.count("emotion"), len(result.count("speaker"))) == ({"happy": 2, "sad": 2}, 4)
@@ -322,7 +322,7 @@ def test_statistics_in_an_npz_are_saved_by_the_lines_given(tmp_path, monkeypatch
     named(data, 0)
     np.savez(data / "stats.npz", **dict(zip(names, (np.zeros(12), np.ones(12)))))
     code, reason, recipe = explained(data)
-    assert (code, reason) == ("statistics-file", "looks like statistics")
+    assert (code, reason) == ("statistics-file", "holds a mean and a standard deviation, not features")
     run_recipe(recipe, monkeypatch, tmp_path)
     assert stats.load(data).user_supplied
 
@@ -336,7 +336,7 @@ def test_the_lines_are_printed_once(tmp_path):
     for k in range(3):
         np.savez(tmp_path / f"utt_{k}.npz", x=numbers(20, seed=k), y="sad")
     lines = list(check_data.findings_report(scan(tmp_path)))
-    assert sum(line.startswith("labels-inside: Python that does it") for line in lines) == 1
+    assert sum(line.startswith("labels-inside: Python code for this") for line in lines) == 1
     assert lines[-1].endswith("--labels labels.csv")
 
 
@@ -1066,7 +1066,7 @@ def test_table_labels_files(tmp_path):
         (None, "cannot be read"),
         ("", "needs a header line"),
         ("FileName,EmoClass\na,sad\n", "needs a header line with the columns .*; found: FileName, EmoClass"),
-        ("name,emotion\na,sad\n", "no line fits a file; compare 'a' in the table with 'cremad_1001"),
+        ("name,emotion\na,sad\n", "no line matches a file: the table has 'a', the folder 'cremad_1001"),
         ("file,emotion\na,sad\n".encode("utf-16"), "cannot be read: it is UTF-16; save it as UTF-8"),
         ("file,emotion\na,sad\na.npz,happy\n", "two different lines for a"),
         (b"file,emotion\n\xff,sad\n", "cannot be read"),
@@ -1112,10 +1112,15 @@ def test_paths_of_other_machines_are_matched_by_their_ending(tmp_path):
 @pytest.mark.parametrize(
     ("files", "lines", "labelled", "reason"),
     [
-        (["train/a", "dev/a", "train/b"], "a,sad\nb,sad", ["train/b"], "the line a of .* fits it and train/a"),
-        (["train/a", "dev/a"], "train/a,sad", ["train/a"], "the line train/a of .* is of another side"),
-        (["dev/a", "b"], "/x/train_splits/a,sad\nb,sad", ["b"], "the line /x/train_splits/a of .* is of another side"),
-        (["a", "sub/a"], "a,sad", ["a"], "the line a of .* fits it and a"),
+        (["train/a", "dev/a", "train/b"], "a,sad\nb,sad", ["train/b"], "line a of .* fits both this file and train/a"),
+        (["train/a", "dev/a"], "train/a,sad", ["train/a"], "line train/a of .* belongs to another split"),
+        (
+            ["dev/a", "b"],
+            "/x/train_splits/a,sad\nb,sad",
+            ["b"],
+            "line /x/train_splits/a of .* belongs to ano",
+        ),
+        (["a", "sub/a"], "a,sad", ["a"], "line a of .* fits both this file and a"),
         (["a", "b"], "x/a,sad\ny/a,happy\nb,sad", ["b"], "fits the lines x/a and y/a"),
         (["a", "b"], "a,xxx\nb,sad", ["b"], "has 'xxx' as emotion in"),
         (["a", "b"], "a,\nb,sad", ["b"], "has no emotion in"),
@@ -1142,7 +1147,7 @@ def test_the_split_of_a_table_reaches_the_utterances_and_is_checked(tmp_path):
     assert check_data.blockers(result) == []
     result = tabled(tmp_path, files, text.replace("test", "later"), folds="table")
     assert check_data.blockers(result)[0].endswith("found: 'later'")
-    with pytest.raises(check_data.UsageError, match="--folds must be used with --labels"):
+    with pytest.raises(check_data.UsageError, match="--folds table needs --labels FILE"):
         check_data.ScanOptions("D", folds="table")
 
 
@@ -1445,7 +1450,11 @@ def test_a_copy_is_named_as_a_copy_of_its_original(tmp_path, original, tail):
     for name in (original, original + tail):
         write(tmp_path / f"{name}.npz")
     result = scan(tmp_path)
-    assert result.findings == [check_data.Finding(f"{original}{tail}.npz", "copy", f"is a copy of {original}.npz")]
+    assert result.findings == [
+        check_data.Finding(
+            f"{original}{tail}.npz", "copy", f"has the same features as {original}.npz, of the same recording"
+        )
+    ]
 
 
 def test_files_of_one_recording_without_a_speaker_are_noted(tmp_path):
@@ -1652,7 +1661,9 @@ def test_what_training_would_refuse_about_the_split_is_found(sample, folds, foun
 
 
 def test_fewer_speakers_than_folds_are_in_the_verdict(sample):
-    assert "  split        8 speakers allow only 8 folds, not 50" in check_data._verdict(scan(sample, folds="50"))
+    assert "  split        --folds 50 was reduced to 8: there are 8 speakers" in check_data._verdict(
+        scan(sample, folds="50")
+    )
 
 
 def test_jax_is_never_imported(sample):

@@ -101,7 +101,7 @@ def test_other_processes_that_cannot_be_joined_are_one_error(jax_stack, environm
 def test_a_process_that_finds_no_others_is_refused(environment, jax_stack):
     """Otherwise it would train everything and write nothing."""
     environment({"JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "1"})
-    with pytest.raises(check_data.UsageError, match="jax has found no others"):
+    with pytest.raises(check_data.UsageError, match="jax found only this one"):
         train.start_device(train.Config("DIR", no_compile_cache=True))
 
 
@@ -259,7 +259,7 @@ def test_gpus_are_described_by_name_and_number(monkeypatch, jax_stack, environme
 
 def test_a_cpu_is_described_with_its_cores_and_the_reason(monkeypatch, jax_stack, environment):
     description = start_with(monkeypatch, jax_stack, "cpu", FakeDevice("cpu"))
-    assert description == f"CPU ({train.available_cores()} cores), because no GPU"
+    assert description == f"CPU ({check_data.counted(train.available_cores(), 'core')}), because no GPU"
 
 
 def test_a_gpu_that_jax_cannot_use_is_one_line_instead_of_a_traceback(monkeypatch, jax_stack, environment, caplog):
@@ -304,7 +304,7 @@ def test_every_core_that_the_process_may_use_is_a_device(tmp_path):
     variables = {name: value for name, value in os.environ.items() if name not in (*OTHER_PROCESSES, "XLA_FLAGS")}
     variables["JAX_PLATFORMS"] = "cpu"
     output = subprocess.run([sys.executable, "-c", code], env=variables, capture_output=True, text=True, check=True)
-    assert output.stdout == "1 CPU (1 cores), because JAX_PLATFORMS=cpu requests it\n"
+    assert output.stdout == "1 CPU (1 core), because JAX_PLATFORMS=cpu requests it\n"
 
 
 @pytest.fixture

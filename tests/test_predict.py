@@ -265,7 +265,7 @@ def test_prediction_writes_nothing_among_the_features(trained, tmp_path, caplog)
     before = sorted(data.iterdir())
     for given in (data, before[-1]):
         assert predict(given, trained / "first", data) == 2
-        assert "is the folder of the features, or has some" in caplog.messages[-1]
+        assert "is the feature folder, or contains features" in caplog.messages[-1]
     assert sorted(data.iterdir()) == before
     assert predict(data, trained / "first", data / "out") == 1
     assert len(check_data.scan(check_data.ScanOptions(str(data))).records) == 112
@@ -288,7 +288,7 @@ def test_prediction_never_overwrites_a_training_run(trained, caplog):
 def test_prediction_refuses_features_of_another_width(trained, tmp_path, dim, caplog):
     other = write_sample(tmp_path / "other", actors=1, dim=dim)
     assert predict(other, trained / "first", tmp_path / "out") == 2
-    assert "no file can be used; the model needs features 24 wide" in caplog.messages[-1]
+    assert "no file can be used; the model needs 24-dimensional features" in caplog.messages[-1]
 
 
 def test_prediction_refuses_a_width_other_than_the_models(trained, tmp_path, caplog):
@@ -396,7 +396,7 @@ def test_the_key_of_the_model_is_demanded_unless_another_is_given(trained, tmp_p
     source = np.load(next((trained / "data").glob("ravdess*.npz")))["emb"]
     np.savez(tmp_path / "x.npz", features=source, wavlm=source)
     assert predict(tmp_path / "x.npz", trained / "first", tmp_path / "out") == 2
-    assert "no-key has no array emb, but features, wavlm" in caplog.text
+    assert "no-key has no array emb; it holds features, wavlm" in caplog.text
     assert predict(tmp_path / "x.npz", trained / "first", tmp_path / "out", "--key", "wavlm") == 0
 
 
@@ -422,7 +422,11 @@ def replace_by_fifo(path):
     os.mkfifo(path)
 
 
-NOT_FINISHED, NOT_TOGETHER, NOT_FINITE = "holds no finished model", "do not belong together", "NaN or Inf, or a scale"
+NOT_FINISHED, NOT_TOGETHER, NOT_FINITE = (
+    "contains no finished model",
+    "do not belong together",
+    "NaN or Inf, or a scale",
+)
 DAMAGES = {
     "no folder": (shutil.rmtree, NOT_FINISHED),
     "no model.npz": (lambda run: (run / "model.npz").unlink(), NOT_FINISHED),
@@ -493,7 +497,7 @@ def test_a_model_is_refused_by_the_names_in_it_before_its_data_are_read(trained,
     shutil.copytree(trained / "first", tmp_path / "run")
     damage_model(tmp_path / "run", bias=None)
     monkeypatch.setattr(check_data, "_extract", None)  # reads the data
-    with pytest.raises(check_data.UsageError, match="does not hold the arrays"):
+    with pytest.raises(check_data.UsageError, match="does not contain the expected"):
         train.load_model(tmp_path / "run")
 
 
@@ -519,7 +523,7 @@ def test_prediction_replaces_no_file_of_another_program(trained, tmp_path, name,
     out.mkdir()
     (out / name).write_text("file,score\n")
     assert predict(trained / "data", trained / "first", out) == 2
-    assert "that is not of this program" in caplog.messages[-1] or "folder of the features" in caplog.messages[-1]
+    assert "that is not of this program" in caplog.messages[-1] or "feature folder" in caplog.messages[-1]
     assert [path.read_text() for path in out.iterdir()] == ["file,score\n"]
     (out / name).unlink()
     assert predict(trained / "data", trained / "first", out) == 1
@@ -540,7 +544,7 @@ def test_predictions_are_not_written_among_other_features(trained, tmp_path, cap
     data = shutil.copytree(trained / "data", tmp_path / "data" / "inner").parent
     for out in (data / "inner", data):
         assert predict(data, trained / "first", out) == 2
-    assert "folder of the features" in caplog.messages[-1]
+    assert "feature folder" in caplog.messages[-1]
 
 
 def test_a_link_to_itself_is_refused_in_one_line(trained, tmp_path, caplog):

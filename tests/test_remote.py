@@ -447,7 +447,7 @@ def test_stop_ends_the_run_and_the_same_deploy_resumes_it(sides):
     assert (sides.run / "saved").exists()
     assert not sides.locked()
     assert verdict(sides)[0] == 6
-    assert sides.call("stop", "gpu").stdout == "no run is going on there\n"
+    assert sides.call("stop", "gpu").stdout == "no run is active there\n"
     sides.deploy(orders="assert (run / 'checkpoint-0.npz').read_text() == 'half'\n" + FINISH)
     sides.ended()
     assert verdict(sides)[0] == 0
@@ -648,7 +648,7 @@ def test_train_py_gets_its_arguments_with_the_far_side_s_paths(sides):
     sides.deploy("--out", "runs/mine", there, status=0)
     sides.ended()
     assert json.loads((sides.home / "argv").read_text()) == ["--out", "runs/mine", there, "--out", "runs/mine"]
-    assert "neither here nor there" in sides.deploy("missing", status=2).stderr
+    assert "exists neither here nor on HOST" in sides.deploy("missing", status=2).stderr
     assert "needs DIR" in sides.deploy("--epochs", "3", status=2).stderr
 
 
@@ -782,7 +782,7 @@ def test_what_did_not_arrive_whole_is_named_and_not_used(sides):
     sides.program(sides.home / "bin/cat", f'{shutil.which("cat")} "$@" | tr e E')
     done = sides.call("download", "gpu", "got")
     assert done.returncode == 1
-    assert done.stderr.endswith("did not arrive whole: history.csv\n")
+    assert done.stderr.endswith("incomplete or damaged after transfer: history.csv\n")
     assert not list(sides.near.glob("got*"))
 
 

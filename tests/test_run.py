@@ -244,9 +244,9 @@ def test_the_uncalibrated_error_is_that_of_the_logits_before_temperature_scaling
 
 
 def test_intervals_over_very_few_speakers_are_noted(experiment, outcome, monkeypatch):
-    assert not any("mean little" in note for note in train.evaluate(experiment, outcome)["notes"])
+    assert not any("unreliable" in note for note in train.evaluate(experiment, outcome)["notes"])
     monkeypatch.setattr(stats, "FEW_SPEAKERS", 99)
-    assert any("mean little" in note for note in train.evaluate(experiment, outcome)["notes"])
+    assert any("unreliable" in note for note in train.evaluate(experiment, outcome)["notes"])
 
 
 def test_speakers_are_not_scored_where_the_split_is_not_by_speaker(experiment, outcome):
@@ -422,7 +422,7 @@ def test_results_are_not_mixed_with_features_or_with_those_of_other_data(trained
     assert train.main([str(other), "--out", str(trained / "first"), *FAST]) == 2
     assert "holds the results for" in caplog.messages[-1]
     assert train.main([str(other), "--out", str(other), *FAST]) == 2
-    assert "is the folder of the features" in caplog.messages[-1]
+    assert "is the feature folder" in caplog.messages[-1]
     assert not (other / "lock").exists()
     assert {path.name: path.read_bytes() for path in (trained / "first").iterdir()} == before
 
@@ -444,7 +444,7 @@ def test_results_are_not_written_among_features(trained, tmp_path, caplog):
     shutil.copytree(trained / "data", data / "inner" / "part")
     (tmp_path / "link").symlink_to(data)
     for out in (data, tmp_path / "link", data / "inner", data / "inner" / "part", data / "inner" / ".." / "inner"):
-        with pytest.raises(check_data.UsageError, match="is the folder of the features, or has some"):
+        with pytest.raises(check_data.UsageError, match="is the feature folder, or contains features"):
             train.check_output_folder(out, data)
     train.check_output_folder(data / "new", data)
     train.check_output_folder(trained / "first", trained / "data")
@@ -476,7 +476,7 @@ def test_statistics_that_arrive_during_the_scan_are_neither_used_nor_replaced(tr
     monkeypatch.setattr(check_data, "scan", scan_slowly)
     caplog.set_level("INFO", "train")
     assert train.main([str(data), "--out", str(tmp_path / "run"), *FAST]) == 0
-    assert "statistics: DIR has got some since the scan" in caplog.text
+    assert "statistics: files appeared in DIR during the scan" in caplog.text
     assert (np.load(data / stats.MEAN_FILE) == 7).all()
     assert (tmp_path / "run" / "model.npz").read_bytes() == (trained / "first" / "model.npz").read_bytes()
 

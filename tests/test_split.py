@@ -339,7 +339,7 @@ def test_an_unknown_fold_scheme_is_refused(folds):
 
 def test_fewer_speakers_than_folds_are_noted():
     split = split_of(many_speakers(3), folds="5")
-    assert (split.folds, split.notes) == (3, ["3 speakers allow only 3 folds, not 5"])
+    assert (split.folds, split.notes) == (3, ["--folds 5 was reduced to 3: there are 3 speakers"])
     assert split_of(many_speakers(5), folds="5").notes == []
 
 
@@ -614,7 +614,7 @@ def test_statistics_that_a_run_has_saved_bind_no_later_one(sample, caplog, finge
         stored, to_save, lines = choose(sample, caplog, recompute_stats=recompute)
         np.testing.assert_array_equal(stored.statistics.mean, computed_statistics(dataset_of(sample)).statistics.mean)
         assert to_save == recompute
-        assert any("of other files" in line for line in lines) == (fingerprint is not None and not recompute)
+        assert any("computed for other files" in line for line in lines) == (fingerprint is not None and not recompute)
 
 
 def test_statistics_supplied_by_the_user_are_used_and_never_recomputed(sample, caplog):

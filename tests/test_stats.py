@@ -196,9 +196,9 @@ def test_every_truncated_file_is_refused(version):
 @pytest.mark.parametrize(
     ("blob", "reason"),
     [
-        (b"", "it does not begin with the npy magic"),
-        (b"\x93NUMPX\x01\x00\x02\x00{}", "it does not begin with the npy magic"),
-        (raw_npy("{"), "it does not begin with the npy magic"),  # 11 bytes, fewer than any array has
+        (b"", "it does not start with the npy signature"),
+        (b"\x93NUMPX\x01\x00\x02\x00{}", "it does not start with the npy signature"),
+        (raw_npy("{"), "it does not start with the npy signature"),  # 11 bytes, fewer than any array has
         (raw_npy("{}"), "the array's header is damaged"),
         (raw_npy("{}", version=(1, 1)), "npy format 1.1 is unknown"),
         (raw_npy("{}", version=(2, 1)), "npy format 2.1 is unknown"),
@@ -884,8 +884,8 @@ def test_a_kill_at_any_call_leaves_old_new_or_none_and_the_next_save_cleans_up(t
             np.ones(3),
             "wav2vec_mean.npy: the array holds int64 numbers, not float16, float32 or float64",
         ),
-        (b"", np.ones(3), "wav2vec_mean.npy: it does not begin with the npy magic"),
-        (np.zeros(3), b"\x93NUMPY", "wav2vec_std.npy: it does not begin with the npy magic"),
+        (b"", np.ones(3), "wav2vec_mean.npy: it does not start with the npy signature"),
+        (np.zeros(3), b"\x93NUMPY", "wav2vec_std.npy: it does not start with the npy signature"),
     ],
 )
 def test_statistics_that_cannot_be_used_are_refused(tmp_path, mean, std, reason):

@@ -609,7 +609,7 @@ def test_nan_features_of_a_test_speaker_end_the_run(population):
     x = population.dataset.x.copy()
     x[np.flatnonzero(population.split.fold == 1)[0]] = np.nan
     experiment = train.Experiment(SMALL, population.dataset._replace(x=x), population.split, population.stored)
-    with pytest.raises(train.TrainingError, match="look at the features with check_data"):
+    with pytest.raises(train.TrainingError, match="check the features with check_data"):
         train.train(experiment)
 
 
