@@ -677,6 +677,104 @@ def test_npy_mutants_are_rejected_or_read_as_numpy_reads_them(tmp_path):
     assert compared > count / 100
 
 
+GRAMMAR = {
+    "version": [*[(1, 0)] * 6, (2, 0), (3, 0), (4, 0), (0, 0)],
+    "descr": [
+        *["'<f4'"] * 8,
+        *("'>f4'", "'<f2'", "'<f8'", "'>f8'", "'<f16'", "'<i4'", "'|u1'", "'|b1'", "'<c8'", "'|S3'", "'<U4'", "'|V2'"),
+        *("'|O'", "[('a', '<f4')]", "[('a', '|O')]", "'zz'", "None", "'<f" + "4" * 5000 + "'", "('<f4', (2,))"),
+    ],
+    "order": [*["False"] * 6, "True", "True", "None", "0"],
+    "shape": [
+        *["(6,)", "(3, 4)", "(1, 6)", "(1, 3, 4)"] * 4,
+        *("()", "(0,)", "(6, 0)", "(2, 3, 4)", "(-6,)", "(True,)", "[6]", "6", "(6.0,)", "(0, 10**30)"),
+        *(
+            f"({'1, ' * 71})",
+            f"({'1, ' * 33}6)",
+            f"({'9' * 5000},)",
+            f"({10**12},)",
+            f"({2**32}, {2**32})",
+            f"(0, {10**21})",
+        ),
+    ],
+    "more": [*[""] * 12, ", 'x': 1", ", 'descr': '<f4'", "  " * 40, "(" * 300, "\\x00"],
+    "surplus": [*[0] * 8, 1, -1, 8, -24],  # bytes of data beyond those that are declared
+    "name": [*["emb.npy"] * 6, "x.npy", "emb", "a/b.npy", "\u00e9.npy", "", "label.npy", "emb.npy.npy"],
+    "arrays": [1, 1, 1, 2, 3, 0],
+    "method": [zipfile.ZIP_STORED, zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA],
+    "container": ["zip", "zip", "zip", "zip64", "piped", "comment", "before", "after", "npy"],
+}
+
+
+class Pipe(io.BytesIO):
+    """A file that cannot be sought, so that sizes and checksums follow the data."""
+
+    def seekable(self):
+        return False
+
+    def seek(self, *_):
+        raise OSError
+
+    tell = seek
+
+
+def file_of_grammar(choose):
+    """The bytes of a file put together from `GRAMMAR`, and whether it is a bare array."""
+
+    def array():
+        shape = choose("shape")
+        header = f"{{'descr': {choose('descr')}, 'fortran_order': {choose('order')}, 'shape': {shape}{choose('more')}}}"
+        text = header.encode("latin-1")
+        version = choose("version")
+        length = struct.pack("<H" if version[0] < 2 else "<I", len(text))
+        values = {"(2, 3, 4)": 24, "(3, 4)": 12, "(1, 3, 4)": 12}.get(shape, 6)
+        data = numbers(64).tobytes()[: max(0, 4 * values + choose("surplus"))]
+        return b"\x93NUMPY" + bytes(version) + length + text + data
+
+    container = choose("container")
+    if container == "npy":
+        return array(), True
+    file = Pipe() if container == "piped" else io.BytesIO()
+    with warnings.catch_warnings(), zipfile.ZipFile(file, "w", choose("method")) as archive:
+        warnings.simplefilter("ignore")  # two members of one name
+        for _ in range(choose("arrays")):
+            with archive.open(zipfile.ZipInfo(choose("name")), "w", force_zip64=container == "zip64") as member:
+                member.write(array())
+        if container == "comment":
+            archive.comment = b"a comment"
+    around = {"before": (b"junk", b""), "after": (b"", b"junk")}.get(container, (b"", b""))
+    return around[0] + file.getvalue() + around[1], False
+
+
+def test_files_of_a_grammar_are_rejected_or_read_as_numpy_reads_them(tmp_path):
+    """FUZZ_FILES=100000 makes more of them, FUZZ_SEED others."""
+    count, seed = int(os.environ.get("FUZZ_FILES", 3000)), int(os.environ.get("FUZZ_SEED", 0))
+    random = np.random.default_rng(seed)
+    compared = 0
+    for _ in range(count):
+        blob, is_bare = file_of_grammar(lambda part: GRAMMAR[part][random.integers(len(GRAMMAR[part]))])
+        path = tmp_path / ("x.npy" if is_bare else "x.npz")
+        path.write_bytes(blob)
+        try:
+            features = read_features(path)
+        except stats.DataError as error:
+            assert error.code in check_data.REMEDIES
+            assert len(error.reason) < 1000
+            continue
+        try:
+            loaded = np.load(path)
+            # By the name in the archive: where it also has an `emb.npy.npy`, `emb.npy` means another array to numpy.
+            member = f"{features.key}.npy"
+            expected = loaded if is_bare else loaded[member if member in loaded.zip.namelist() else features.key]
+        except Exception:  # numpy refuses what it could read, such as names without .npy; there is nothing to compare
+            continue
+        compared += 1
+        expected = expected[0] if expected.ndim > 1 and len(expected) == 1 else expected
+        with np.errstate(over="ignore"):
+            assert np.array_equal(features.array, expected.astype(np.float32))
+    assert compared > count / 100
+
+
 def test_kept_features_share_a_block_that_is_freed_with_the_last_of_them(tmp_path):
     for actor in range(1, 7):
         write(
