@@ -42,7 +42,6 @@ def test_every_part_runs_on_a_cpu(tmp_path):
         ("first run", "within 0.02"),
         ("first run", "missing: none"),
         ("same seed", "without a flag: equal to the bit"),
-        ("same seed", "xla_gpu_deterministic_ops=true: equal to the bit"),
         ("kill", "against an unbroken run: equal to the bit"),
         ("training", "at the measured rates"),
         ("pytorch", "times ours" if importlib.util.find_spec("torch") else "skipped: ModuleNotFoundError"),
