@@ -1894,5 +1894,6 @@ def test_ctrl_c_while_a_program_is_imported_prints_no_traceback(tmp_path, progra
         [sys.executable, str(ROOT / program), "DIR"],
         env=os.environ | {"PYTHONPATH": str(tmp_path)},
         capture_output=True, text=True, check=False,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # the tests themselves may run under nohup
     )  # fmt: skip
     assert (done.returncode, done.stderr) == (-signal.SIGINT, "")

@@ -938,12 +938,25 @@ def run_pair(place, run, options, changes=""):
     return [process.returncode for process in processes], outputs
 
 
+# Both have left the program: the end of one would abort the other in the middle of an exchange.
+END_TOGETHER = """
+import pathlib, time
+def end(*_):
+    place = pathlib.Path({place!r})
+    (place / f"reached-{{os.environ['JAX_PROCESS_ID']}}").touch()
+    while len(list(place.glob("reached-*"))) < 2:
+        time.sleep(0.001)
+    os._exit(3)
+train.log_progress = end
+"""
+
+
 def test_a_run_on_two_processes_resumes_with_the_results_of_an_unbroken_one(place, tmp_path):
     """The first process alone writes and reads, but both must continue with what the checkpoint holds."""
     options = (*OPTIONS, "--epochs", "8")
     assert run_again(place, tmp_path / "unbroken", "--epochs", "8") == 0
-    statuses, outputs = run_pair(place, tmp_path / "run", options, "train.log_progress = lambda *a: os._exit(3)")
-    # The first one leads: if it ends before the second one comes so far, jax aborts that one.
+    statuses, outputs = run_pair(place, tmp_path / "run", options, END_TOGETHER.format(place=str(tmp_path)))
+    # The first one leads: when it has ended, jax may abort the second one.
     assert statuses[0] == 3, outputs
     assert statuses[1] in (3, -signal.SIGABRT), outputs
     statuses, outputs = run_pair(place, tmp_path / "run", options)
