@@ -948,7 +948,7 @@ def _walk(folder: Path, scan: Scan) -> Iterator[str]:
 
 
 def holds_features(folder: Path, subfolders: bool = True) -> bool:
-    """Whether a folder, or one of its subfolders, has NPZ files other than the results of runs."""
+    """Whether a folder, or one of its subfolders, has NPZ or NPY files other than the results of runs."""
     return any(subfolders or os.sep not in file for file in _walk(folder, Scan(folder)))
 
 
@@ -1593,7 +1593,8 @@ def _find_duplicates(result: Scan) -> tuple[Reasons, list[str]]:
     """Find files with identical features: those to leave out, and pairs of which both may be used."""
     reasons, harmless = {}, []
     for group in _equal_features(result):
-        first, *others = group = sorted((record.utterance for record in group), key=lambda u: bool(u.version))
+        group = sorted((record.utterance for record in group), key=lambda utterance: bool(utterance.version))
+        first, *others = group  # an original, if there is one
         speakers = {utterance.speaker for utterance in group}
         if len({utterance.emotion for utterance in group}) > 1:
             # All of them, because any of the labels may be wrong.
@@ -1650,7 +1651,6 @@ def _observe(result: Scan) -> Observations:
     """What is worth a note, besides duplicates."""
     utterances = result.utterances
     n_reshaped = sum(len(record.shape) == 1 and record.shape[0] != result.dim for record in result.records)
-
     keys = result.keys_used()
     found = {
         "reshaped": f"{counted(n_reshaped, 'file')}, D = {result.dim}" if n_reshaped else "",
@@ -1977,7 +1977,6 @@ def _labels_line(result: Scan) -> str:
         "table": "from the table given by --labels",
     }
     labels = " and ".join(f"{words[source]} ({count})" for source, count in result.labelled_by().items())
-
     nested = any(os.sep in record.file for record in result.records)
     return f"{labels}; files are {'in subfolders' if nested else 'flat in the folder'}"
 
@@ -2013,9 +2012,8 @@ def findings_report(result: Scan, limit: int | None = 20) -> Iterator[str]:
         if limit is not None and count > limit:
             yield f"... and {count - limit} more {code} (--all)"
     for code, recipe in result.recipes.items():
-        if recipe:
-            yield f"{code}: Python code for this, after import csv, os, pathlib, numpy as np"
-            yield from (f"    {line}" for line in recipe.splitlines())
+        yield f"{code}: Python code for this, after import csv, os, pathlib, numpy as np"
+        yield from (f"    {line}" for line in recipe.splitlines())
 
 
 def _kinds(result: Scan) -> str:

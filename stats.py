@@ -717,9 +717,9 @@ def speaker_intervals(counts: Counts) -> dict[str, tuple[float, float]]:
     without = Counts(*(whole - part for whole, part in zip(total, counts)))
     lost = (without.labelled == 0) & (total.labelled > 0)
     without = Counts(*(np.where(lost, whole, part) for whole, part in zip(total, without)))
-    intervals = {}
+    scores, intervals = total.scores(), {}
     for name, left_out in without.scores().items():
-        score = float(total.scores()[name])
+        score = float(scores[name])
         if groups < 2 or not math.isfinite(score):
             intervals[name] = (0.0, 1.0)
             continue

@@ -376,24 +376,22 @@ def check_output_folder(run: Path, directory: Path) -> None:
     unfinished = (run / "lock").is_file() and (run / "train.log").is_file() and not os.path.lexists(run / "config.json")
     check_folder(run, directory, RESULTS, is_ours=unfinished or data is not None)
     if data not in (None, str(directory.resolve())):
-        name, other = printable(str(run)), printable(str(data))
-        raise UsageError(f"{name} holds the results for {other}; choose another --out, or remove them")
+        raise UsageError(f"{run} holds the results for {data}; choose another --out, or remove them")
 
 
 def check_folder(out: Path, features: Path, files: tuple[str, ...], is_ours: bool) -> None:
     """Refuse an output folder that is none, is among the features, or has such files that are not ours."""
-    name = printable(str(out))
     if not os.path.lexists(out):
         return
     if not out.is_dir():
-        raise UsageError(f"--out {name} is not a folder; choose another")
+        raise UsageError(f"--out {out} is not a folder; choose another")
     inside = Path(os.path.realpath(features)) in Path(os.path.realpath(out)).parents
     same = features.exists() and os.path.samefile(out, features)
     if same or check_data.holds_features(out, subfolders=inside):
-        raise UsageError(f"--out {name} is the feature folder, or contains features; choose another")
+        raise UsageError(f"--out {out} is the feature folder, or contains features; choose another")
     found = [file for file in files if os.path.lexists(out / file)]
     if found and not is_ours:
-        raise UsageError(f"{name} holds a {found[0]} that is not of this program; choose another --out")
+        raise UsageError(f"{out} holds a {found[0]} that is not of this program; choose another --out")
 
 
 def package_versions():
@@ -2363,7 +2361,7 @@ def run_identity(experiment: Experiment, fingerprint: str) -> dict:
     }
     data = {"training program": TRAINING_VERSION, "utterances": len(dataset.label)}
     data |= {name: hashlib.sha256(blob).hexdigest()[:16] for name, blob in digests.items()}
-    options = {f"--{name.replace('_', '-')}": value for name, value in options.items()}
+    options = {check_data.option_flag(name): value for name, value in options.items()}
     return json.loads(json.dumps({"options": options, "data": data}))  # as it is read back from a file
 
 
@@ -2378,7 +2376,7 @@ def check_same_run(run: Path, description: dict, identity: dict) -> None:
         if names:
             shown = [f"{name} is {here.get(name)} here, {there.get(name)} in the unfinished run" for name in names[:3]]
             more = f"; {len(names) - 3} more" if len(names) > 3 else ""
-            found = printable(f"{run} holds another, unfinished run: {'; '.join(shown)}{more}")
+            found = f"{run} holds another, unfinished run: {'; '.join(shown)}{more}"
             raise UsageError(f"{found}. Finish it, choose another --out, or start over with --fresh")
     here = environment()
     for name, there in description["environment"].items():
@@ -2397,12 +2395,12 @@ def open_own(path: Path) -> int:
         descriptor = os.open(path, flags, 0o666)
     except OSError as error:
         if error.errno == errno.ELOOP:
-            raise UsageError(f"{printable(str(path))} is a link; remove it") from None
+            raise UsageError(f"{path} is a link; remove it") from None
         raise
     status = os.fstat(descriptor)
     if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
         os.close(descriptor)
-        raise UsageError(f"{printable(str(path))} is not a regular file, or has a second hard link; remove it")
+        raise UsageError(f"{path} is not a regular file, or has a second hard link; remove it")
     return descriptor
 
 
@@ -2415,13 +2413,12 @@ def lock_folder(run: Path):
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         pid = os.read(lock, 20).decode("ascii", "replace").strip()
-        name = printable(str(run))
-        raise UsageError(f"{name} is in use by another run, process {printable(pid)}") from None
+        raise UsageError(f"{run} is in use by another run, process {pid}") from None
     except OSError as error:  # a file system without locks
         log.warning(f"lock: not available here ({error.strerror}); do not start a second run on this folder")
     if not re.fullmatch(rb"\d*\n?", os.read(lock, 20)):
         os.close(lock)
-        raise UsageError(f"{printable(str(run / 'lock'))} is not of this program; choose another --out")
+        raise UsageError(f"{run / 'lock'} is not of this program; choose another --out")
     with contextlib.suppress(OSError):  # on a full disk a second run cannot name this one, but is still refused
         os.truncate(lock, 0)
         os.write(lock, f"{os.getpid()}\n".encode())
@@ -2469,23 +2466,22 @@ class Model(NamedTuple):
 
 def load_model(run: Path) -> Model:
     """Read the model of a finished run; a UsageError names what is missing, damaged, of another version, or mixed."""
-    name = printable(str(run))
     if any(os.path.lexists(run / file) for file in RunFolder.CHECKPOINTS):
-        raise UsageError(f"{name} holds an unfinished run; finish it with the same command, or remove its checkpoints")
+        raise UsageError(f"{run} holds an unfinished run; finish it with the same command, or remove its checkpoints")
     try:
         model = read_description(run / "config.json")
         blob = stats.read_bytes(run / "model.npz", MAX_MODEL)
         arrays = check_data.parse_arrays(blob, MAX_MODEL, names=expected_shapes(model, {}))
     except stats.DataError as error:
-        raise UsageError(f"{name} contains no finished model: {printable(str(error))}") from None
+        raise UsageError(f"{run} contains no finished model: {error}") from None
     shapes = {path: array.shape for path, array in arrays.items()}
     if hashlib.sha256(blob).hexdigest() != model.digest or shapes != expected_shapes(model, arrays):
-        raise UsageError(f"{name}: config.json and model.npz do not belong together")
+        raise UsageError(f"{run}: config.json and model.npz do not belong together")
     seeds, width = arrays["params/Dense_0/bias"].shape
     if not 0 < seeds * width <= MAX_UNITS:
-        raise UsageError(f"{name}: the model has {seeds} seeds of {width} hidden units")
+        raise UsageError(f"{run}: the model has {seeds} seeds of {width} hidden units")
     if not all(np.isfinite(array).all() for array in arrays.values()) or arrays["scale"].min() <= 0:
-        raise UsageError(f"{name}: the model holds NaN or Inf, or a scale that is not above 0")
+        raise UsageError(f"{run}: the model holds NaN or Inf, or a scale that is not above 0")
     params = {path.removeprefix("params/"): array for path, array in arrays.items()}
     mean, scale = (np.repeat(params.pop(part)[None], seeds, 0) for part in ("mean", "scale"))
     return model._replace(ensemble=Ensemble(mean, scale, params))
@@ -2580,11 +2576,10 @@ def run_prediction(config: Config) -> int:
 
 def check_prediction_folder(out: Path, features: Path, run: Path) -> None:
     """Keep predictions out of the features, out of the results of training, and away from files of other programs."""
-    name = printable(str(out))
     if any(os.path.lexists(out / file) for file in ("metrics.json", "config.json", "lock")):
-        raise UsageError(f"{name} holds the results of a training run; choose another --out")
+        raise UsageError(f"{out} holds the results of a training run; choose another --out")
     if any(part.is_symlink() for part in (out, *out.parents) if run in part.parents):
-        raise UsageError(f"{name}: the model's folder has a link there; remove it, or choose another --out")
+        raise UsageError(f"{out}: the model's folder has a link there; remove it, or choose another --out")
     is_ours = False
     with contextlib.suppress(stats.DataError):
         is_ours = stats.read_bytes(out / "predictions.csv").startswith(b"file,label,predicted,p_")
@@ -2596,7 +2591,7 @@ def check_statistics(model: Model, given: Path) -> None:
     stored = stats.load(given) if given.is_dir() else None
     if stored is None or not stored.user_supplied:
         return
-    mean, name = stored.statistics.mean, printable(str(given / stats.MEAN_FILE))
+    mean, name = stored.statistics.mean, given / stats.MEAN_FILE
     if mean.size != model.dim:
         raise UsageError(f"{name} has {mean.size} numbers, but the model needs features {model.dim} wide")
     if reason := stats.statistics_mismatch(stored.statistics, model.statistics, model.encoder_similarity):
@@ -2695,7 +2690,7 @@ def first_device(platforms: str):
         device = jax.devices()[0]
     except (RuntimeError, AssertionError, ValueError) as error:  # the user's own JAX_PLATFORMS leaves no other choice
         reason = printable((str(error).partition(" (set JAX")[0].strip() or "it cannot be used").splitlines()[0])
-        raise UsageError(f"JAX_PLATFORMS={printable(platforms)}: {reason}; unset JAX_PLATFORMS") from None
+        raise UsageError(f"JAX_PLATFORMS={platforms}: {reason}; unset JAX_PLATFORMS") from None
     finally:
         backend_log.removeHandler(faults)
         backend_log.propagate = True

@@ -63,10 +63,8 @@ def first_run(options: argparse.Namespace) -> Iterator[str]:
 
 def same_seed(options: argparse.Namespace) -> Iterator[str]:
     """Each run is a process of its own, which chooses the algorithms of its products anew."""
-    pairs = {"sample": "", "deterministic": DETERMINISTIC}
-    if options.small:  # a CPU has no such flag
-        del pairs["deterministic"]
-    for run, flag in pairs.items():
+    for flag in ("",) if options.small else ("", DETERMINISTIC):  # a CPU has no such flag
+        run = "deterministic" if flag else "sample"
         flags = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
         again = f"{run}-again"
         seconds = [run_train(options, name, XLA_FLAGS=flags)["seconds"] for name in (run, again)]

@@ -104,21 +104,15 @@ def test_short_reads_are_continued(tmp_path, monkeypatch, piece):
 
 
 @pytest.mark.parametrize("piece", [4, 100])
-def test_a_file_that_grows_while_it_is_read_is_one_byte_too_long(tmp_path, monkeypatch, piece):
+@pytest.mark.parametrize(("size", "n_read"), [(30, 11), (6, 6)])
+def test_a_file_that_grows_is_one_byte_too_long_and_one_that_shrinks_ends_early(
+    tmp_path, monkeypatch, piece, size, n_read
+):
     path = tmp_path / "file"
     path.write_bytes(bytes(10))
     read_in_pieces(monkeypatch, piece)
-    resize_after_fstat(monkeypatch, path, 30)
-    assert stats.read_bytes(path) == bytes(11)
-
-
-@pytest.mark.parametrize("piece", [4, 100])
-def test_a_file_that_shrinks_while_it_is_read_ends_early(tmp_path, monkeypatch, piece):
-    path = tmp_path / "file"
-    path.write_bytes(bytes(10))
-    read_in_pieces(monkeypatch, piece)
-    resize_after_fstat(monkeypatch, path, 6)
-    assert stats.read_bytes(path) == bytes(6)
+    resize_after_fstat(monkeypatch, path, size)
+    assert stats.read_bytes(path) == bytes(n_read)
 
 
 def test_a_read_error_is_reported_and_the_file_closed(tmp_path, monkeypatch):
