@@ -1120,6 +1120,88 @@ def test_intervals_of_a_thousand_classes_take_little_memory():
     assert len(stats.speaker_intervals(counts)) == 3
 
 
+# --- paired differences ---
+
+
+def differences(first, second):
+    return stats.paired_differences(*(stats.Counts.of(np.stack(confusions)) for confusions in (first, second)))
+
+
+def test_a_difference_is_that_of_the_jackknife_over_the_speakers_of_both_runs():
+    random = np.random.default_rng(3)
+    first, second = random.integers(0, 50, (2, 7, 3, 3))
+    found = differences(first, second)
+    for name in ("ua", "wa", "macro_f1"):
+        difference, low, high, p = found[name]
+        left_out = [
+            scores_of(np.delete(second, speaker, 0).sum(0))[name] - scores_of(np.delete(first, speaker, 0).sum(0))[name]
+            for speaker in range(7)
+        ]
+        deviation = math.sqrt(6 / 7 * sum((value - np.mean(left_out)) ** 2 for value in left_out))
+        assert difference == pytest.approx(scores_of(second.sum(0))[name] - scores_of(first.sum(0))[name])
+        assert (high - low) / 2 == pytest.approx(2.446912 * deviation, rel=1e-3)  # t of 6 degrees of freedom
+        assert (low + high) / 2 == pytest.approx(difference)
+        assert p == pytest.approx(stats._student_p(abs(difference) / deviation, 6))
+
+
+@pytest.mark.parametrize(
+    ("t", "freedom", "p"),
+    [(0, 5, 1), (1, 1, 0.5), (12.7062, 1, 0.05), (4.30265, 2, 0.05), (3.18245, 3, 0.05), (2.0687, 23, 0.05)]
+    + [(2, 4, 0.116117), (5, 9, 0.000739), (1e9, 40, 0), (math.inf, 1, 0), (math.inf, 8, 0)],
+)
+def test_two_sided_p_of_students_t(t, freedom, p):
+    assert stats._student_p(t, freedom) == pytest.approx(p, abs=1e-5)
+
+
+@pytest.mark.parametrize("speakers", [4, 10, 24])
+def test_95_percent_of_the_paired_intervals_hold_the_true_difference(speakers):
+    """Two runs that share the difficulty of speakers and classes; the second has 0.4 more log odds, more or less."""
+    random = np.random.default_rng(speakers)
+
+    def recalls(count):
+        shared = 1.2 + 0.6 * random.normal(size=(count, 1)) + 0.6 * random.normal(size=(count, 5))
+        gain = 0.4 + 0.3 * random.normal(size=(count, 1))
+        return 1 / (1 + np.exp(-np.stack([shared, shared + gain])))
+
+    first, second = recalls(200_000)
+    true, hits, narrower = (second - first).mean(), 0, 0
+    labelled = np.full((speakers, 5), 8.0)
+    for _ in range(1000):
+        runs = [
+            stats.Counts(random.binomial(8, recall).astype(float), labelled, labelled) for recall in recalls(speakers)
+        ]
+        _, low, high, _ = stats.paired_differences(*runs)["ua"]
+        hits += low <= true <= high
+        unpaired = [np.ptp(stats.speaker_intervals(run)["ua"]) for run in runs]
+        narrower += high - low < math.hypot(*unpaired)
+    assert 930 <= hits <= 970
+    assert narrower > 700
+
+
+def test_identical_runs_have_no_difference_and_a_p_of_1():
+    run = np.random.default_rng(5).integers(0, 9, (6, 3, 3))
+    assert set(differences(run, run).values()) == {(0, 0, 0, 1)}
+
+
+def test_equal_scores_of_different_answers_have_a_p_of_1():
+    """Each speaker gains in one class what it loses in another; sums of floats differ in their last bits."""
+    first = [np.array([[7, 3, 0], [0, 10, 0], [0, 1, 9]])] * 5
+    second = [np.array([[10, 0, 0], [3, 7, 0], [0, 1, 9]])] * 5
+    assert differences(first, second)["ua"] == (0, 0, 0, 1)
+
+
+def test_a_difference_that_is_the_same_for_all_speakers_is_certain():
+    right, wrong = np.eye(2) * 5, np.eye(2)[::-1] * 5
+    assert differences([wrong] * 4, [right] * 4)["wa"] == (1, 1, 1, 0)
+
+
+def test_the_difference_of_one_speaker_or_of_no_utterance_is_open():
+    assert differences([np.eye(2)], [np.eye(2)[::-1]])["ua"] == (-1, -1, 1, 1)
+    difference, *others = differences([np.zeros((2, 2))] * 3, [np.zeros((2, 2))] * 3)["ua"]
+    assert math.isnan(difference)
+    assert others == [-1, 1, 1]
+
+
 # --- calibration ---
 
 
