@@ -60,12 +60,14 @@ _AUGMENTED = _whole_word(
     "aug augmented augmentation noise noisy pitch pitched speed tempo stretch stretched shift shifted reverb echo gain"
     " volume mask masked mixup"
 )
-_PART = _whole_word("seg segment chunk part copy kopie") + r"|\([0-9]+\)"
+_COPY = _whole_word("copy kopie") + r"|\([0-9]+\)"
+_PART = f"{_whole_word('seg segment chunk part')}|{_COPY}"
 _VERSION = rf"(?:{_ORIGINAL}|{_AUGMENTED}[0-9]*(?:\.[0-9]+)?[a-z]*(?![^\W_]))"
 # In the middle of a name, a number behind the word may be that of the recording: `rec_noise_01`.
 _NAME_WORDS = re.compile(rf"^{_VERSION}(?=[ _.-]+.)|{_VERSION}(?![ _.-]*[0-9])", re.IGNORECASE)
 _FOLDER_WORDS = re.compile(rf"{_VERSION}(?:[ _-]+[0-9.]+)?", re.IGNORECASE)
 _VERSION_TAIL = re.compile(f"{_AUGMENTED}|{_PART}", re.IGNORECASE)
+_COPY_MARK = re.compile(_COPY, re.IGNORECASE)
 _ORIGINAL_WORD = re.compile(_ORIGINAL, re.IGNORECASE)
 _CERTAIN_LENGTH = 7  # characters of a corpus name in front of a tail; shorter ones fit by chance, as in `a01_take3`
 
@@ -77,7 +79,8 @@ class Utterance:
     `speaker` is prefixed with the corpus (`ravdess:12`), because the same numbers occur in several corpora. `split` is
     the side or the fold given by the user: train, validation, test or a number. `tail` is what follows the name of the
     corpus in the file name. `recording` is the same for all versions of one recording: copies, segments, modalities.
-    `version` is what distinguishes such a file from the original, if that is there too; see `find_versions`.
+    `version` is what distinguishes such a file from the original, if that is there too, and `ending` what all names
+    without a known form end with; see `find_versions`.
     """
 
     file: str
@@ -94,6 +97,26 @@ class Utterance:
     tail: str = ""
     recording: str = ""
     version: str = ""
+    ending: tuple[str, ...] = ()
+
+    @property
+    def canonical(self) -> str:
+        """Name of the utterance, the same for whatever was extracted from it: a voice, a face, two encoders.
+
+        In a corpus its id, the speaker, and the words of the file name without modality, prefix, tail and marks of
+        copies; the words for versions follow, so that a noisy copy is not its original. Other names are paths without
+        extensions and `ending`.
+
+        Examples
+        --------
+        >>> [parse_name(name).canonical for name in ("ravdess_03-01-05-01-02-01-12_hubert.npz", "DC/a01.wav.npz")]
+        ['ravdess:12:01_05_01_02_01', 'savee:dc:a01']
+        """
+        if self.corpus in CORPORA:
+            return ":".join([_without_words(self.recording, self.ending), *_version_words(self)])
+        copy_marks = _tokens(self.version) if _COPY_MARK.match(self.version) else ()
+        name = _without_words(_SUFFIXES.sub("", without_extensions(self.file)), copy_marks)
+        return _without_words(name, self.ending)
 
 
 class AmbiguousName(ValueError):
@@ -242,8 +265,8 @@ CORPORA: dict[str, Corpus] = {
         gender=lambda speaker: "female" if int(speaker) in (1, 2, 3, 7, 9, 12, 15, 16, 17, 18) else "male",
     ),
     "aesdd": Corpus(
-        r"(?P<emotion>[adfhs])(?P<sentence>[0-9][0-9]) \(0?(?P<speaker>[1-6])\)(?P<repetition>[ab])?",
-        _codes(emotion="a angry, d disgust, f fear, h happy, s sad"),
+        r"(?P<emotion>[adfhs])(?P<sentence>[0-9][0-9]) \((?P<speaker>0?[1-6])\)(?P<repetition>[ab])?",
+        _codes(emotion="a angry, d disgust, f fear, h happy, s sad", speaker="01 1, 02 2, 03 3, 04 4, 05 5, 06 6"),
         gender=odd_is_male,
     ),
     # The first F or M is the gender; F as an emotion is fear.
@@ -414,8 +437,8 @@ def custom_utterance(
 
 def known_damage(utterance: Utterance) -> str | None:
     """Describe the known damage of a recording, identified by its name; None for nearly all recordings."""
-    _, _, stem = utterance.recording.rpartition(":")
-    return _DAMAGED.get(stem.upper()) if utterance.corpus == "cremad" else None
+    _, _, name = utterance.recording.partition(":")
+    return _DAMAGED.get(name.replace(":", "_").upper()) if utterance.corpus == "cremad" else None
 
 
 @functools.cache
@@ -675,17 +698,24 @@ def _build_utterance(name: str, corpus_id: str, match: re.Match[str]) -> Utteran
         fields["gender"] = corpus.gender(speaker)
     # The same name is another recording in the folder of another speaker.
     owner = speaker or (_folder_of(name) if corpus.speaker_folder else "")
-    stem = match.string
-    if "modality" in fields:
-        stem = stem[: match.start("modality")] + stem[match.end("modality") :]
+    words = re.findall(r"[^\W_]+", _without_groups(match, "modality", "speaker"))
     return Utterance(
         file=name,
         corpus=corpus_id,
         emotion=normalise_emotion(fields.pop("emotion")),
         speaker=f"{corpus_id}:{speaker}" if speaker else None,
-        recording=f"{corpus_id}:{owner}:{stem}".lower(),
+        recording=f"{corpus_id}:{owner}:{'_'.join(words)}".lower(),
         **fields,
     )
+
+
+def _without_groups(match: re.Match[str], *groups: str) -> str:
+    """The text that was matched, with a space for each of these groups of the pattern."""
+    text = match.string
+    spans = [match.span(group) for group in groups if match.groupdict().get(group)]
+    for start, end in sorted(spans, reverse=True):
+        text = f"{text[:start]} {text[end:]}"
+    return text
 
 
 def _folder_of(name: str) -> str:
@@ -711,6 +741,32 @@ def _folder_speaker(name: str, corpus: Corpus) -> str | None:
 
 # --- versions of one recording ---
 
+
+def _without_words(text: str, words: tuple[str, ...]) -> str:
+    """A name without the last occurrence of each of some words, and what separates it from the word before."""
+    flags = re.IGNORECASE | re.DOTALL
+    for word in reversed(words):
+        text = re.sub(rf"(.*)(?:{_BOUNDARY.pattern}){re.escape(word)}(?![^ _.-])", r"\1", text, count=1, flags=flags)
+    return text
+
+
+def _version_words(utterance: Utterance) -> list[str]:
+    """The words that distinguish a version of a recording from its original; marks of copies do not.
+
+    In a tail those are known words, with the numbers behind them, and others if the original is in the folder.
+    """
+    added = _tokens(utterance.version)
+    words = [*_split_folder(_folder_of(utterance.file))[1], *_tokens(utterance.tail)]
+    words += [word for word in added if word not in words]
+    kept, is_known, is_copy = [], False, False
+    for word in words:
+        if not word[0].isdigit():
+            is_known, is_copy = _VERSION_TAIL.match(word), _COPY_MARK.match(word)
+        if not is_copy and (is_known or word in added):
+            kept.append(word.lower())
+    return kept
+
+
 # The words of a name. The first is the place: with another folder or label, it is the name of another recording.
 Name = tuple[str, ...]
 
@@ -728,17 +784,19 @@ def _split_folder(folder: str) -> tuple[str, tuple[str, ...]]:
     return "/".join(filter(None, parts)), _tokens("_".join(_FOLDER_WORDS.findall(folder)))
 
 
-def _plain_names(utterances: list[Utterance]) -> tuple[list[Name], list[Name]]:
-    """The names of the files without the words for versions, and these words."""
+def _plain_names(utterances: list[Utterance]) -> tuple[list[Name], list[Name], Name]:
+    """The names of the files without the words for versions, these words, and what all names end with."""
     stems = [_strip(utterance.file)[0].casefold() for utterance in utterances]
     # A name of nothing but such words stays as it is: `volume1`, `volume2`.
     names = [_tokens(_NAME_WORDS.sub("", stem)) or (stem,) for stem in stems]
     # What all names end with is from the feature extractor, as in `rec_1_hubert` and `rec_1_noise_hubert`.
+    ending = ()
     while len({name[-1:] for name in names}) == 1 and min(map(len, names)) > 1:
+        ending = (names[0][-1], *ending)
         names = [name[:-1] for name in names]
     places = [f"{_split_folder(_folder_of(utterance.file))[0]}/{utterance.emotion}" for utterance in utterances]
     words = [_tokens("_".join(_NAME_WORDS.findall(stem))) for stem in stems]
-    return [(place, *name) for place, name in zip(places, names)], words
+    return [(place, *name) for place, name in zip(places, names)], words, ending
 
 
 def _heads(name: Name) -> list[tuple[Name, Name]]:
@@ -765,7 +823,10 @@ def _recurring_tails(names: Iterable[Name], known: Container[Name]) -> set[tuple
 
 def _compare_names(found: list[Utterance], free: list[int]) -> list[Name]:
     """Set `recording` of the free names in place; return the words that each file has beside those of its recording."""
-    names, words = _plain_names(found)
+    names, words, shared = _plain_names(found)
+    # Numbers and emotions are those of the recordings, in a folder with few of them; one file shares nothing.
+    of_extractor = itertools.dropwhile(lambda word: word[0].isdigit() or emotion_word(word), shared)
+    ending = tuple(of_extractor) if len(found) > 1 else ()
     # Of files with the same name, that with the fewest words is the original.
     known = {names[number]: number for number in sorted(range(len(found)), key=lambda number: -len(words[number]))}
     # Recurring tails of complete corpus names are further words: each speaker of MESD says the same.
@@ -784,7 +845,10 @@ def _compare_names(found: list[Utterance], free: list[int]) -> list[Name]:
         if utterance.speaker not in (None, source.speaker):
             source, head = utterance, names[number]
         recording = source.recording or "/".join((source.speaker or "", *head))
-        found[number] = dataclasses.replace(source, file=utterance.file, recording=recording)
+        # In a corpus only behind the first word of any text: a folder may hold nothing but recordings of one word.
+        spare = (source.sentence or "").count("_") if source.recording else len(ending)
+        own_ending = ending[max(len(ending) - spare, 0) :]
+        found[number] = dataclasses.replace(source, file=utterance.file, recording=recording, ending=own_ending)
         words[number] += names[number][len(head) :]
     return words
 

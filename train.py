@@ -8,7 +8,7 @@ A run scans DIR, packs the features, splits by speaker, trains all folds and the
 answers for each test speaker with models that never saw that speaker, scores those answers, and writes RUN.
 
 The path of one utterance through this file: `pack` -> `make_split` -> `train_population`, where `member_step` is one
-update of one model -> `finish_fold` -> `Ensemble.forward` -> `evaluate` -> `save_run`. With --predict it is
+update of one model -> `finish_fold` -> `Ensemble.forward` -> `evaluate_run` -> `save_run`. With --predict it is
 `check_data.iter_features` -> `Ensemble.forward` -> `save_prediction`.
 
 Axes: P population (settings x folds and the final model x seeds), S seeds, K folds, N utterances, B batch, T frames,
@@ -242,7 +242,7 @@ def train_and_score(config: Config, run: "RunFolder", run_log: logging.handlers.
         log.info(f"RESUMING from epoch {epochs_done} of the unfinished run in {printable(str(run.path))}")
     trained = train(experiment, run)
     log.debug("scoring")
-    metrics = evaluate(experiment, trained)
+    metrics = evaluate_run(experiment, trained)
     # Reversed, so that the first finding of each code wins.
     examples = {finding.code: {"file": finding.file, "reason": finding.reason} for finding in reversed(scan.findings)}
     metrics |= {"left_out": scan.left_out(), "left_out_first": examples, "arrays": scan.keys_used()}
@@ -1360,6 +1360,11 @@ class Ensemble(NamedTuple):
         params = {name: leaf[one] for name, leaf in self.params.items()}
         return Ensemble(self.mean[one], self.scale[one], params)
 
+    @property
+    def statistics_digest(self) -> str:
+        """SHA-256 of mean and scale of the first seed; all seeds of the final model share them."""
+        return hashlib.sha256(self.mean[0].tobytes() + self.scale[0].tobytes()).hexdigest()
+
     def normalise(self, x):
         """Normalise means over frames, (D,), (N, D) with one seed, or (S, D)."""
         return (x - self.mean) / self.scale
@@ -1478,6 +1483,26 @@ class Answers(NamedTuple):
         return cls(logits, np.full(len(logits), temperature), np.concatenate(list(hidden), 1))
 
 
+class Predictions(NamedTuple):
+    """Utterances and the answers for them, from training, --predict or a fusion: all that is scored and saved.
+
+    `fold` is the one that tests each utterance, from 0, shape (N,); -1 where there are no folds. `speaker` has its
+    speaker, or what intervals are taken over instead: a recording where speakers are not known.
+    """
+
+    utterances: list[emotions.Utterance]
+    classes: tuple[str, ...]
+    answers: Answers
+    fold: np.ndarray
+    speaker: np.ndarray
+
+    @property
+    def label(self) -> np.ndarray:
+        """Index of the emotion in `classes`, -1 if it is unknown or none of them, int32, shape (N,)."""
+        number = {name: index for index, name in enumerate(self.classes)}
+        return np.array([number.get(utterance.emotion, -1) for utterance in self.utterances], np.int32)
+
+
 class Trained(NamedTuple):
     """The outcome of training.
 
@@ -1566,35 +1591,57 @@ def choose_settings(best_loss, split: Split, settings):
 # --- evaluation -----------------------------------------------------------------------------------------------------
 
 
-def evaluate(experiment: Experiment, trained: Trained) -> dict:
-    """All of metrics.json that follows from the out-of-fold predictions."""
-    _, dataset, split, stored = experiment
-    scored = split.scored
-    label, utterances = dataset.label[scored], list(itertools.compress(dataset.utterances, scored))
-    logits, temperature, _ = trained.answers
-    metrics = stats.evaluate(label, logits, split.speaker[scored], split.fold[scored], dataset.classes)
-    metrics |= error_analysis(utterances, label, stats.probabilities(logits), dataset.classes)
-    uncalibrated = stats.probabilities(logits * temperature[:, None])
-    folds = [fold_report(split, fold, trained) | scores for fold, scores in enumerate(metrics["folds"])]
-    notes = list(split.notes)
-    if stored.user_supplied:
-        notes.append("your statistics apply to every fold; if they are of these files, they include the test speakers")
+def evaluate(predictions: Predictions, scheme: str, independent: bool, statistics: str, notes: list[str]) -> dict:
+    """All of metrics.json that follows from the answers for utterances with known labels.
+
+    Parameters
+    ----------
+    scheme
+        Name of the folds.
+    independent
+        Whether no model saw a speaker that it is scored on. If not, single speakers are not scored.
+    statistics
+        Where the normalisation comes from.
+    """
+    utterances, classes, answers, fold, speaker = predictions
+    label = predictions.label
+    metrics = stats.evaluate(label, answers.logits, speaker, fold, classes)
+    metrics |= error_analysis(utterances, label, stats.probabilities(answers.logits), classes)
+    uncalibrated = stats.probabilities(answers.logits * answers.temperature[:, None])
     if len(metrics["speakers"]) < stats.FEW_SPEAKERS:
-        notes.append(f"with fewer than {stats.FEW_SPEAKERS} speakers the intervals are unreliable")
-    if not split.independent:
+        notes = [*notes, f"with fewer than {stats.FEW_SPEAKERS} speakers the intervals are unreliable"]
+    if not independent:
         metrics["speakers"] = {}
-    if trained.sweep:
-        metrics["sweep"] = trained.sweep
     return metrics | {
         "n_speakers": len({utterance.speaker for utterance in utterances} - {None}),
-        "speaker_independent": split.independent,
-        "fold_scheme": split.scheme,
-        "folds": folds,
-        "statistics": "supplied by the user" if stored.user_supplied else "of the training speakers",
+        "speaker_independent": independent,
+        "fold_scheme": scheme,
+        "statistics": statistics,
         "notes": notes,
         "ece_uncalibrated": stats.expected_calibration_error(uncalibrated, label),
-        "curves": learning_curves(trained),
     }
+
+
+def evaluate_run(experiment: Experiment, trained: Trained) -> dict:
+    """All of metrics.json that follows from training: the scores, and what was trained and chosen in each fold."""
+    _, _, split, stored = experiment
+    statistics, notes = "of the training speakers", list(split.notes)
+    if stored.user_supplied:
+        statistics = "supplied by the user"
+        notes.append("your statistics apply to every fold; if they are of these files, they include the test speakers")
+    metrics = evaluate(out_of_fold(experiment, trained), split.scheme, split.independent, statistics, notes)
+    metrics["folds"] = [fold_report(split, fold, trained) | scores for fold, scores in enumerate(metrics["folds"])]
+    if trained.sweep:
+        metrics["sweep"] = trained.sweep
+    return metrics | {"curves": learning_curves(trained)}
+
+
+def out_of_fold(experiment: Experiment, trained: Trained) -> Predictions:
+    """The answers for the utterances that are scored."""
+    _, dataset, split, _ = experiment
+    scored = split.scored
+    utterances = list(itertools.compress(dataset.utterances, scored))
+    return Predictions(utterances, dataset.classes, trained.answers, split.fold[scored], split.speaker[scored])
 
 
 def fold_report(split: Split, fold: int, trained: Trained):
@@ -1661,36 +1708,22 @@ def save_run(run: "RunFolder", scan: check_data.Scan, experiment: Experiment, tr
     All files are complete on the disk before the first of them replaces an older one, and metrics.json comes last. A
     kill in between leaves the checkpoints: the same command finishes again, with the same results.
     """
-    _, dataset, split, stored = experiment
-    classes, final = dataset.classes, trained.ensembles[-1]
+    final, statistics = trained.ensembles[-1], experiment.stored.statistics
     params = {f"params/{name}": leaf for name, leaf in final.params.items()}
     # All seeds of the final model share its mean and scale.
     model = stats.npz_bytes({"mean": final.mean[0], "scale": final.scale[0]} | params)
     # After a kill between two renames, or if files of two runs are mixed, they do not belong together.
     config = describe_model(scan, experiment, trained) | {"model": hashlib.sha256(model).hexdigest()}
-    utterances, folds = list(itertools.compress(dataset.utterances, split.scored)), split.fold[split.scored]
-    predictions = []
-    for utterance, fold, row in zip(utterances, folds, stats.probabilities(trained.answers.logits)):
-        names = {"file": utterance.file, "corpus": utterance.corpus, "speaker": utterance.speaker or ""}
-        names |= {"label": utterance.emotion, "fold": int(fold) + 1}
-        predictions.append(names | predicted_columns(classes, row))
-    corner = "label"
-    while corner in classes:  # or that class would replace the column
-        corner = f"true_{corner}"
-    confusion = [{corner: name} | dict(zip(classes, counts)) for name, counts in zip(classes, metrics["confusion"])]
     artifacts = {
         "config.json": stats.json_bytes(config),
         "history.csv": stats.csv_bytes(trained.history),
-        "predictions.csv": stats.csv_bytes(predictions),
-        "confusion.csv": stats.csv_bytes(confusion),
         "skipped.csv": skipped_bytes(scan),
-        stats.MEAN_FILE: stats.npy_bytes(stored.statistics.mean),
-        stats.STD_FILE: stats.npy_bytes(stored.statistics.std),
-        "fusion.npz": fusion_bytes(utterances, classes, trained.answers, final, folds + 1),
+        stats.MEAN_FILE: stats.npy_bytes(statistics.mean),
+        stats.STD_FILE: stats.npy_bytes(statistics.std),
         "model.npz": model,
-        "report.html": report_html(metrics),
-        "metrics.json": stats.json_bytes(metrics),  # renamed last: it marks a complete run
     }
+    artifacts |= prediction_files(out_of_fold(experiment, trained), final.statistics_digest)
+    artifacts |= score_files(metrics)  # metrics.json is renamed last: it marks a complete run
     run.path.mkdir(parents=True, exist_ok=True)  # it may have been moved away meanwhile
     stats.write_files(run.path, artifacts)
     run.clear()  # last: until here a kill only repeats the end of the run
@@ -1717,33 +1750,52 @@ def describe_model(scan: check_data.Scan, experiment: Experiment, trained: Train
     }
 
 
-def fusion_bytes(utterances, classes, answers: Answers, final: Ensemble, fold=0) -> memoryview:
+def prediction_files(predictions: Predictions, statistics_digest: str) -> dict[str, bytes | memoryview]:
+    """predictions.csv and fusion.npz, with a row for each utterance."""
+    probability = stats.probabilities(predictions.answers.logits)
+    rows = []
+    for utterance, fold, row in zip(predictions.utterances, predictions.fold, probability):
+        names = {"file": utterance.file, "utterance": utterance.canonical, "corpus": utterance.corpus}
+        names |= {"speaker": utterance.speaker or "", "label": utterance.emotion or "", "fold": int(fold) + 1}
+        names |= {"predicted": predictions.classes[row.argmax()]}
+        rows.append(names | {f"p_{name}": f"{p:.6f}" for name, p in zip(predictions.classes, row)})
+    return {"predictions.csv": stats.csv_bytes(rows), "fusion.npz": fusion_bytes(predictions, statistics_digest)}
+
+
+def fusion_bytes(predictions: Predictions, statistics_digest: str) -> memoryview:
     """fusion.npz: what a fusion with other modalities needs, a row for each utterance. See docs/reference.md.
 
     Its logits are those before calibration.
     """
-    rows = len(utterances)
-    number = {name: index for index, name in enumerate(classes)}
+    utterances, classes, answers, fold, _ = predictions
     arrays = {
         "id": np.array([os.path.splitext(utterance.file)[0] for utterance in utterances]),
+        "utterance": np.array([utterance.canonical for utterance in utterances]),
         "classes": np.array(classes),
         # The calibration is in the parameters, see finish_fold; here it is undone.
         "logits": (answers.logits * answers.temperature[:, None]).astype(np.float32),
         "temperature": answers.temperature.astype(np.float32),
         "probability": stats.probabilities(answers.logits).astype(np.float32),
         "embedding": answers.embedding.astype(np.float32),
-        "fold": np.broadcast_to(np.int32(fold), rows),
-        "label": np.array([number.get(utterance.emotion, -1) for utterance in utterances], np.int32),
+        "fold": (fold + 1).astype(np.int32),
+        "label": predictions.label,
         "speaker": np.array([utterance.speaker or "" for utterance in utterances]),
-        "statistics": np.array(hashlib.sha256(final.mean[0].tobytes() + final.scale[0].tobytes()).hexdigest()),
+        "statistics": np.array(statistics_digest),
     }
     return stats.npz_bytes(arrays)
 
 
-def predicted_columns(classes, probability):
-    """The columns of predictions.csv for the probabilities of one utterance, (C,)."""
-    columns = {f"p_{name}": f"{p:.6f}" for name, p in zip(classes, probability)}
-    return {"predicted": classes[probability.argmax()]} | columns
+def score_files(metrics: dict) -> dict[str, bytes]:
+    """The files of the scores: confusion.csv, report.html, and last metrics.json."""
+    classes, corner = metrics["classes"], "label"
+    while corner in classes:  # or that class would replace the column
+        corner = f"true_{corner}"
+    confusion = [{corner: name} | dict(zip(classes, counts)) for name, counts in zip(classes, metrics["confusion"])]
+    return {
+        "confusion.csv": stats.csv_bytes(confusion),
+        "report.html": report_html(metrics),
+        "metrics.json": stats.json_bytes(metrics),
+    }
 
 
 def skipped_bytes(scan: check_data.Scan) -> bytes:
@@ -1753,6 +1805,7 @@ def skipped_bytes(scan: check_data.Scan) -> bytes:
 # --- the report -----------------------------------------------------------------------------------------------------
 #
 # Drawn from metrics.json alone: the scores on one screen, for the terminal and train.log, and a page with everything.
+# Without a training there are no `curves`, `sweep`, `device` and `seconds`, without a scan no `left_out` and `arrays`.
 
 
 def report_text(metrics, page: Path, file) -> str:
@@ -1873,7 +1926,7 @@ def note_grid(metrics) -> Table:
     grid = Table.grid(padding=(0, 1, 0, 0))
     grid.add_column(no_wrap=True, width=9)
     grid.add_column(overflow="fold")
-    left_out = sum(metrics["left_out"].values())
+    left_out = sum(metrics.get("left_out", {}).values())
     if left_out:
         grid.add_row("left out", f"{check_data.counted(left_out, 'file')}, listed in skipped.csv")
     for note in metrics["notes"]:
@@ -1960,8 +2013,9 @@ def report_html(metrics) -> bytes:
     body.append(f"<p class=card>{escape(citation(metrics))}</p>")
     body += [f"<p class=card>Note: {escape(note)}</p>" for note in metrics["notes"]]
     body += [f"<h2>{heading}</h2>{content}" for heading, content in page_sections(metrics) if content]
-    run = {name: metrics[name] for name in ("command", "version", "device", "seconds")} | metrics["versions"]
-    if metrics["arrays"]:  # NPY files have no names of arrays
+    run = {name: metrics[name] for name in ("command", "version", "device", "seconds") if name in metrics}
+    run |= metrics["versions"]
+    if metrics.get("arrays"):  # NPY files have no names of arrays
         run |= {"array": listed(metrics["arrays"])}
     for heading, values in (("Settings", metrics["settings"]), ("Run and versions", run)):
         body.append(f"<details><summary>{heading}</summary>{page_table((), values.items())}</details>")
@@ -1977,8 +2031,8 @@ def page_sections(metrics):
     mistakes = [row | {"confidence": f"{percent(row['confidence'])} %"} for row in metrics["confident_mistakes"]]
     columns = ("label", "predicted", "confidence", "file")
     yield "Most confident mistakes", page_table(columns, [[row[name] for name in columns] for row in mistakes])
-    first = {code: f"{found['file']}: {found['reason']}" for code, found in metrics["left_out_first"].items()}
-    left_out = [(code, count, first[code]) for code, count in metrics["left_out"].items()]
+    first = {code: f"{found['file']}: {found['reason']}" for code, found in metrics.get("left_out_first", {}).items()}
+    left_out = [(code, count, first[code]) for code, count in metrics.get("left_out", {}).items()]
     yield "Files left out", page_table(("code", "files", "the first of them"), left_out)
     settings = []
     for row in metrics.get("sweep", []):
@@ -2099,7 +2153,7 @@ def figure(title: str, sentence: str, height: float, parts) -> str:
 
 
 def curve_chart(metrics, name: str, title: str) -> str:
-    rows = [row for row in metrics["curves"] if all(map(is_number, row[name].values()))]
+    rows = [row for row in metrics.get("curves", []) if all(map(is_number, row[name].values()))]
     if not rows:
         return ""
     unit = 100 if title.endswith("%") else 1
@@ -2563,12 +2617,14 @@ def run_prediction(config: Config) -> int:
         scan.findings.append(check_data.Finding(utterances[place].file, "overflow", "the model's output is NaN or Inf"))
     utterances = [utterance for utterance, answered in zip(utterances, finite) if answered]
     answers = Answers(*(part[finite] for part in answers))
+    speaker = np.array([utterance.speaker or "" for utterance in utterances])
+    predictions = Predictions(utterances, model.classes, answers, np.full(len(utterances), -1), speaker)
     scan.findings.sort()
     for line in check_data.findings_report(scan):
         log.info(line)
     if not utterances:
         raise UsageError(f"no file can be used; the model needs {model.dim}-dimensional features from its own encoder")
-    save_prediction(out, model, scan, utterances, answers)
+    save_prediction(out, scan, predictions, model.ensemble.statistics_digest)
     print_scores(model, utterances, answers.logits)
     print(printable(str(out / "predictions.csv")))
     return 1 if scan.findings else 0
@@ -2582,7 +2638,7 @@ def check_prediction_folder(out: Path, features: Path, run: Path) -> None:
         raise UsageError(f"{out}: the model's folder has a link there; remove it, or choose another --out")
     is_ours = False
     with contextlib.suppress(stats.DataError):
-        is_ours = stats.read_bytes(out / "predictions.csv").startswith(b"file,label,predicted,p_")
+        is_ours = stats.read_bytes(out / "predictions.csv").startswith(b"file,utterance,corpus,speaker,label,fold,")
     check_folder(out, features, PREDICTIONS, is_ours)
 
 
@@ -2598,22 +2654,15 @@ def check_statistics(model: Model, given: Path) -> None:
         raise UsageError(f"{name} is of another encoder than the model: {reason}")
 
 
-def save_prediction(out: Path, model: Model, scan: check_data.Scan, utterances, answers: Answers) -> None:
+def save_prediction(out: Path, scan: check_data.Scan, predictions: Predictions, statistics_digest: str) -> None:
     """Write predictions.csv, skipped.csv and fusion.npz, and print how many files got each label."""
-    probability = stats.probabilities(answers.logits)
-    rows = []
-    for utterance, row in zip(utterances, probability):
-        rows.append({"file": utterance.file, "label": utterance.emotion or ""} | predicted_columns(model.classes, row))
-    artifacts = {
-        "predictions.csv": stats.csv_bytes(rows),
-        "skipped.csv": skipped_bytes(scan),
-        "fusion.npz": fusion_bytes(utterances, model.classes, answers, model.ensemble),
-    }
+    artifacts = {"skipped.csv": skipped_bytes(scan)} | prediction_files(predictions, statistics_digest)
     out.mkdir(parents=True, exist_ok=True)
     stats.write_files(out, artifacts)
-    files = np.bincount(probability.argmax(1), minlength=len(model.classes))
-    counts = ", ".join(f"{name} {count}" for name, count in zip(model.classes, files))
-    print(f"{check_data.counted(len(rows), 'file')} labelled, {len(scan.findings)} left out: {printable(counts)}")
+    classes, predicted = predictions.classes, predictions.answers.logits.argmax(1)
+    files = np.bincount(predicted, minlength=len(classes))
+    counts = ", ".join(f"{name} {count}" for name, count in zip(classes, files))
+    print(f"{check_data.counted(len(predicted), 'file')} labelled, {len(scan.findings)} left out: {printable(counts)}")
 
 
 def print_scores(model: Model, utterances, logits) -> None:

@@ -1,7 +1,7 @@
 import re
 
 import pytest
-from conftest import documented_python
+from conftest import ROOT, documented_python
 
 import emotions
 
@@ -366,6 +366,98 @@ def test_a_name_with_a_tail_is_ambiguous_like_the_name_itself():
     with pytest.raises(emotions.AmbiguousName):
         emotions.parse_name("03-01-05-01-02-01-12_noise")
     assert corpora_of(["03-01-05-01-02-01-12_noise", "03-01-06-01-02-01-12_noise"]) == ["ravdess", "ravdess"]
+
+
+# --- names of utterances ---
+
+
+def canonical(*names, corpus=None):
+    found = emotions.parse_names(names, corpus)
+    return [utterance.canonical for utterance in emotions.find_versions(found)]
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("ravdess_03-01-05-01-02-01-12", "ravdess_01-01-05-01-02-01-12", "ravdess_02-01-05-01-02-01-12_openface"),
+        (
+            "1025_TSI_HAP_XX",
+            "cremad_1025_TSI_HAP_XX_hubert_large",
+            "CREMA-D-1025_tsi_hap_xx.wav",
+            "a/b/1025_TSI_HAP_XX",
+        ),
+        ("1025_TSI_HAP_XX", "1025_TSI_HAP_XX (1)", "1025_TSI_HAP_XX - Copy (2)", "1025_TSI_HAP_XX_copy"),
+        ("DC_a01", "DCa01", "DC/a01", "savee_DC_a01_wav2vec"),
+        ("OAF_bite_ps", "OA_bite_ps"),
+        ("a01 (1)b", "a01 (01)b"),
+        ("bea_Amused/amused_1-15_0003", "data/bea/emovdb_amused_1_15_0003"),
+    ],
+)
+def test_whatever_was_extracted_from_an_utterance_has_its_name(names):
+    assert len({emotions.parse_name(name).canonical for name in names}) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("03-01-05-01-02-01-12_noise", "ravdess:12:01_05_01_02_01:noise"),
+        ("03-01-05-01-02-01-12_hubert_pitch_2_large", "ravdess:12:01_05_01_02_01:pitch:2"),
+        ("aug/03-01-05-01-02-01-12", "ravdess:12:01_05_01_02_01:aug"),
+        ("03-01-05-01-02-01-12_seg1", "ravdess:12:01_05_01_02_01:seg1"),
+    ],
+)
+def test_a_version_is_not_its_original(name, expected):
+    assert emotions.parse_name(name, "ravdess").canonical == expected
+
+
+def test_a_version_with_an_unknown_word_is_recognised_beside_its_original():
+    assert canonical("1025_TSI_HAP_XX", "1025_TSI_HAP_XX_telephone") == [
+        "cremad:1025:tsi_hap_xx",
+        "cremad:1025:tsi_hap_xx:telephone",
+    ]
+    assert canonical("1025_TSI_HAP_XX_hubert", "1025_TSI_HAP_XX_phone_hubert")[0] == "cremad:1025:tsi_hap_xx"
+
+
+def test_names_whose_form_ends_with_any_text_lose_what_all_of_them_end_with():
+    names = ("Fear_C_B_nuez_hubert", "Fear_C_B_nuez_noise_hubert", "Anger_C_B_nuez_hubert")
+    assert canonical(*names) == ["mesd::fear_c_b_nuez", "mesd::fear_c_b_nuez:noise", "mesd::anger_c_b_nuez"]
+
+
+def test_every_documented_name_keeps_all_its_digits_but_those_of_the_modality():
+    rows = re.findall(r"\| `(\w+)` \| `([^`|]+)`[^|]* (?=\|)", (ROOT / "docs" / "reference.md").read_text())
+    names = {corpus: name for corpus, name in rows if corpus in emotions.CORPORA}
+    assert names.keys() == emotions.CORPORA.keys()
+    for corpus, name in names.items():
+        utterance = emotions.parse_name(name, corpus)
+        digits = re.sub(r"\D", "", name)[2 if utterance.modality else 0 :]
+        assert sorted(digits) == sorted(re.sub(r"\D", "", utterance.canonical)), name
+        assert utterance.canonical.startswith((utterance.speaker or f"{corpus}:").lower())
+
+
+def canonical_of_own(*files):
+    return [u.canonical for u in emotions.find_versions(emotions.custom_utterance(f, "happy", "s") for f in files)]
+
+
+def test_names_of_ones_own_are_paths_without_extensions_and_what_all_end_with():
+    assert canonical_of_own("a/Rec-1.wav.npz", "b/Rec-1.npz", "tess_1.npz", "savee_1.npz") == [
+        "a/Rec-1",
+        "b/Rec-1",
+        "tess_1",
+        "savee_1",
+    ]
+    voice = canonical_of_own("rec_1_hubert.npz", "rec_2_noise_hubert.npz", "rec_2_hubert.npz")
+    assert voice == canonical_of_own("rec_1_face_12.npz", "rec_2_noise_face_12.npz", "rec_2_face_12.npz")
+    assert voice == ["rec_1", "rec_2_noise", "rec_2"]
+
+
+def test_numbers_and_emotions_at_the_end_of_all_names_are_kept():
+    assert canonical_of_own("rec_1_01.npz", "rec_2_01.npz") == ["rec_1_01", "rec_2_01"]
+    assert canonical_of_own("a_happy.npz", "b_happy.npz") == ["a_happy", "b_happy"]
+    assert canonical_of_own("one_file.npz") == ["one_file"]
+
+
+def test_a_copy_of_ones_own_has_the_name_of_its_original():
+    assert canonical_of_own("a (1).npz", "a.npz", "b (1).npz") == ["a", "a", "b (1)"]
 
 
 # --- versions of a recording ---

@@ -94,7 +94,7 @@ def test_each_fold_in_the_metrics_lists_disjoint_speakers_and_its_scores(metrics
 def test_the_scores_are_those_of_the_predictions_file(trained, metrics):
     rows = rows_of(trained / "first" / "predictions.csv")
     assert len(rows) == 112
-    assert list(rows[0])[:6] == ["file", "corpus", "speaker", "label", "fold", "predicted"]
+    assert list(rows[0])[:7] == ["file", "utterance", "corpus", "speaker", "label", "fold", "predicted"]
     recalls = []
     for name in metrics["classes"]:
         predicted = [row["predicted"] for row in rows if row["label"] == name]
@@ -173,6 +173,9 @@ def test_every_seed_that_is_accepted_runs(sample, tmp_path):
 def test_the_fusion_file_keeps_its_contract(trained, metrics):
     fusion, rows = np.load(trained / "first" / "fusion.npz"), rows_of(trained / "first" / "predictions.csv")
     assert fusion["id"].tolist() == [row["file"].removesuffix(".npz") for row in rows]
+    assert fusion["utterance"].tolist() == [row["utterance"] for row in rows]
+    assert len(set(fusion["utterance"])) == len(rows)
+    assert "cremad:1001:iom_ang_xx" in fusion["utterance"]
     assert fusion["classes"].tolist() == metrics["classes"]
     assert [metrics["classes"][label] for label in fusion["label"]] == [row["label"] for row in rows]
     assert fusion["speaker"].tolist() == [row["speaker"] for row in rows]
@@ -210,7 +213,7 @@ def test_the_documented_late_fusion_runs(trained, metrics, tmp_path, monkeypatch
 
 
 def test_the_metrics_are_made_from_the_out_of_fold_answers(experiment, outcome):
-    metrics = train.evaluate(experiment, outcome)
+    metrics = train.evaluate_run(experiment, outcome)
     dataset, split = experiment.dataset, experiment.split
     predicted = outcome.answers.logits.argmax(1)
     expected = stats.Counts.of(stats.confusion_matrix(dataset.label, predicted, 8)).scores()
@@ -236,7 +239,7 @@ def test_the_uncalibrated_error_is_that_of_the_logits_before_temperature_scaling
     dataset = experiment.dataset
     logits = np.random.default_rng(0).normal(size=outcome.answers.logits.shape)
     answers = outcome.answers._replace(logits=logits, temperature=np.full(len(logits), 2.0))
-    metrics = train.evaluate(experiment, outcome._replace(answers=answers))
+    metrics = train.evaluate_run(experiment, outcome._replace(answers=answers))
     before = stats.probabilities(2 * logits)
     assert metrics["ece_uncalibrated"] == stats.expected_calibration_error(before, dataset.label)
     assert metrics["ece"] == stats.expected_calibration_error(stats.probabilities(logits), dataset.label)
@@ -244,24 +247,24 @@ def test_the_uncalibrated_error_is_that_of_the_logits_before_temperature_scaling
 
 
 def test_intervals_over_very_few_speakers_are_noted(experiment, outcome, monkeypatch):
-    assert not any("unreliable" in note for note in train.evaluate(experiment, outcome)["notes"])
+    assert not any("unreliable" in note for note in train.evaluate_run(experiment, outcome)["notes"])
     monkeypatch.setattr(stats, "FEW_SPEAKERS", 99)
-    assert any("unreliable" in note for note in train.evaluate(experiment, outcome)["notes"])
+    assert any("unreliable" in note for note in train.evaluate_run(experiment, outcome)["notes"])
 
 
 def test_speakers_are_not_scored_where_the_split_is_not_by_speaker(experiment, outcome):
     mixed = experiment._replace(split=experiment.split._replace(independent=False))
-    metrics = train.evaluate(mixed, outcome)
+    metrics = train.evaluate_run(mixed, outcome)
     assert not metrics["speaker_independent"]
     assert metrics["speakers"] == {}
 
 
 def test_statistics_supplied_by_the_user_are_noted(experiment, outcome):
     own = experiment._replace(stored=experiment.stored._replace(user_supplied=True))
-    metrics = train.evaluate(own, outcome)
+    metrics = train.evaluate_run(own, outcome)
     assert metrics["statistics"] == "supplied by the user"
     assert any("your statistics apply to every fold" in note for note in metrics["notes"])
-    assert not any("your statistics" in note for note in train.evaluate(experiment, outcome)["notes"])
+    assert not any("your statistics" in note for note in train.evaluate_run(experiment, outcome)["notes"])
 
 
 def test_a_fold_report_has_the_speakers_of_every_seed_and_what_was_chosen(experiment, outcome):

@@ -998,7 +998,7 @@ def test_shuffled_labels_give_chance(population):
         dataset = population.dataset._replace(label=label)
         config = dataclasses.replace(SMALL, learning_rate=0.02)
         experiment = train.Experiment(config, dataset, population.split, population.stored)
-        uas.append(train.evaluate(experiment, train.train(experiment))["ua"])
+        uas.append(train.evaluate_run(experiment, train.train(experiment))["ua"])
     assert abs(np.mean(uas) - 1 / 8) < 0.09
 
 
@@ -1007,7 +1007,7 @@ def test_sequences_are_learnt_and_answered_by_models_that_never_saw_the_speaker(
     config = dataclasses.replace(SMALL, learning_rate=0.02)
     experiment = experiment_of(sequence_population.dataset, config)
     trained = train.train(experiment)
-    assert train.evaluate(experiment, trained)["ua"] > 0.5
+    assert train.evaluate_run(experiment, trained)["ua"] > 0.5
     dataset, split = experiment.dataset, experiment.split
     for fold, ensemble in enumerate(trained.ensembles[:-1]):
         tested = np.flatnonzero(split.fold == fold)[:5]
