@@ -731,14 +731,15 @@ class ScanOptions:
             raise UsageError(f"--folds {self.folds!r} is not a fold scheme; use a number >= 2 or one of {known}")
         if self.folds == "table" and not (self.labels or self.pattern):
             raise UsageError("--folds table needs --labels FILE with a column split or fold")
-        require(self.classes is None or bool(_parse_emotions(self.classes)), "classes", "a list like happy,sad,angry")
+        require(self.classes is None or bool(parse_emotions(self.classes)), "classes", "a list like happy,sad,angry")
 
     def read(self, path: str | Path, model_keys: Names = ()) -> Features:
         """Read a file with these options; --key overrides the keys of a model."""
         return read_features(path, self.transpose, self.nan_to_zero, (self.key,) if self.key else model_keys)
 
 
-def _parse_emotions(text: str) -> list[str]:
+def parse_emotions(text: str) -> list[str]:
+    """The emotions in a list such as `happy,sad`."""
     return [emotions.normalise_emotion(word) for word in text.split(",") if word.strip()]
 
 
@@ -746,7 +747,7 @@ def _parse_merges(entries: Names) -> dict[str, str]:
     """Parse entries such as `calm=neutral`."""
     valid = all(re.fullmatch(r"\s*[^=,\s]+\s*=\s*[^=,\s]+\s*", entry) for entry in entries)
     require(valid, "merge", "of the form calm=neutral")
-    return dict(tuple(_parse_emotions(entry.replace("=", ","))) for entry in entries)
+    return dict(tuple(parse_emotions(entry.replace("=", ","))) for entry in entries)
 
 
 def command_line(options: ScanOptions) -> str:
@@ -1126,7 +1127,7 @@ def _choose_emotions(utterances: list[Utterance], options: ScanOptions, model_me
     """Apply the merges of a model, --merge and --classes, in place; the emotion is None where it is excluded."""
     requested = _parse_merges(options.merge)
     merges = _parse_merges(model_merge) | requested  # the options override the model
-    classes = None if options.classes is None else _parse_emotions(options.classes)
+    classes = None if options.classes is None else parse_emotions(options.classes)
     found = {utterance.emotion for utterance in utterances}
     chains = {emotion: _merge_chain(emotion, merges) for emotion in (*merges, *found)}
     seen = sorted({word for emotion in found for word in chains[emotion]})

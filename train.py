@@ -22,6 +22,7 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
     # a compilation, and print a traceback; first of all, because the other imports take time too.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
+import collections
 import concurrent.futures
 import contextlib
 import ctypes
@@ -88,18 +89,17 @@ FORWARD_BATCH = 256  # utterances in a product outside training, pooled one by o
 MIN_VARIANCE = 1e-6  # of a pooled frame sequence, after normalisation: the root of 0 has no gradient
 MEASURES = ("loss", "gradient_norm", "validation_loss", "validation_ua")  # of an epoch of a member
 HISTORY = dict.fromkeys(MEASURES, np.float32) | {"active": np.bool_, "skipped": np.int32}
-ARTIFACT_VERSION = 5  # of config.json and model.npz
+ARTIFACT_VERSION = 6  # of config.json and model.npz
 TRAINING_VERSION = 6  # raised when old checkpoints would continue differently, so that they are refused
 MAX_MISTAKES = 10  # in metrics.json and the report
 SCORES = {"ua": "UA (mean recall)", "wa": "WA (accuracy)", "macro_f1": "macro F1"}
 MAX_NUMBER, MAX_UNITS, MAX_MODELS = 1_000_000, 1 << 20, 20_000  # epochs and the like; hidden units of all seeds; models
 MAX_DESCRIPTION, MAX_MODEL = 1 << 24, 1 << 30  # bytes of config.json and of model.npz
-PREDICTIONS = ("predictions.csv", "skipped.csv", "fusion.npz")  # files that --predict writes
-RESULTS = (  # files that a run writes
-    *PREDICTIONS,
-    *("config.json", "model.npz", "metrics.json", "report.html", "history.csv", "confusion.csv", "train.log"),
-    *(stats.MEAN_FILE, stats.STD_FILE),
-)
+TRANSFER = "transfer"  # instead of the folds, in the scores of --predict
+OTHER_CLASS = "the label is not among the classes"
+SCORE_FILES = ("metrics.json", "report.html", "confusion.csv")
+PREDICTIONS = ("predictions.csv", "skipped.csv", "fusion.npz", *SCORE_FILES)  # files that --predict writes
+RUN_FILES = ("config.json", "model.npz", "history.csv", "train.log", "lock")  # files that only a run writes
 
 
 SWEEP = {  # what --sweep draws: lowest and highest value; "log" draws the logarithm uniformly
@@ -121,6 +121,7 @@ class Config(check_data.ScanOptions):
 
     out: str | None = option(None, "results folder (default: runs/<name of DIR>)", "output")
     predict: str | None = option(None, "label DIR, or a single file, with the model in this results folder", "output")
+    new_speakers: bool = option(False, "score speakers that may be new to the model, unless their names tell", "output")
     seeds: int = option(5, "models per fold, each with other validation speakers; their logits are averaged", "split")
     seed: int = option(0, "random seed", "split")
     epochs: int = option(40, "maximum epochs", "training")
@@ -194,6 +195,7 @@ def set_options(config: Config) -> dict:
 
 
 def run_training(config: Config) -> int:
+    log_unused(config, "without --predict", ["new_speakers"])
     directory = check_data.require_folder(config.directory)
     path = Path(config.out or Path("runs") / (directory.resolve().name or "data"))
     check_output_folder(path, directory)
@@ -243,13 +245,22 @@ def train_and_score(config: Config, run: "RunFolder", run_log: logging.handlers.
     trained = train(experiment, run)
     log.debug("scoring")
     metrics = evaluate_run(experiment, trained)
-    # Reversed, so that the first finding of each code wins.
-    examples = {finding.code: {"file": finding.file, "reason": finding.reason} for finding in reversed(scan.findings)}
-    metrics |= {"left_out": scan.left_out(), "left_out_first": examples, "arrays": scan.keys_used()}
-    metrics |= {"device": device, "version": check_data.VERSION, "versions": package_versions()}
-    metrics |= {"settings": set_options(config)}
-    metrics |= {"command": check_data.command_line(config), "seconds": round(time.perf_counter() - started, 1)}
+    metrics |= left_out_report(scan) | {"arrays": scan.keys_used(), "device": device}
+    metrics |= provenance(config, package_versions()) | {"seconds": round(time.perf_counter() - started, 1)}
     return scan, experiment, trained, metrics
+
+
+def left_out_report(scan: check_data.Scan) -> dict:
+    """The number of files left out, and the first of them, by code; as in metrics.json."""
+    # Reversed, so that the first finding of each code wins.
+    first = {finding.code: {"file": finding.file, "reason": finding.reason} for finding in reversed(scan.findings)}
+    return {"left_out": scan.left_out(), "left_out_first": first}
+
+
+def provenance(config: Config, versions: dict[str, str]) -> dict:
+    """How to repeat what was done, as in metrics.json."""
+    done = {"version": check_data.VERSION, "versions": versions, "settings": set_options(config)}
+    return done | {"command": check_data.command_line(config)}
 
 
 def show_report(metrics: dict, page: Path, log_file) -> None:
@@ -370,13 +381,26 @@ def live_log():
 def check_output_folder(run: Path, directory: Path) -> None:
     """Keep results out of the features, and away from files that are not of a run on the same data."""
     data = None
-    with contextlib.suppress(ValueError, LookupError, TypeError, RecursionError):
-        config = json.loads(stats.read_bytes(run / "config.json", MAX_DESCRIPTION))
-        data, _ = config["data"], config["format"]
+    config = read_json(run / "config.json", MAX_DESCRIPTION)
+    if "format" in config:
+        data = config.get("data")
     unfinished = (run / "lock").is_file() and (run / "train.log").is_file() and not os.path.lexists(run / "config.json")
-    check_folder(run, directory, RESULTS, is_ours=unfinished or data is not None)
+    check_folder(
+        run,
+        directory,
+        (*PREDICTIONS, *RUN_FILES, stats.MEAN_FILE, stats.STD_FILE),
+        is_ours=unfinished or data is not None,
+    )
     if data not in (None, str(directory.resolve())):
         raise UsageError(f"{run} holds the results for {data}; choose another --out, or remove them")
+
+
+def read_json(path: Path, limit: int = MAX_MODEL) -> dict:
+    """The JSON object in a file of at most `limit` bytes; empty if there is none."""
+    content = None
+    with contextlib.suppress(ValueError, RecursionError):
+        content = json.loads(stats.read_bytes(path, limit))
+    return content if isinstance(content, dict) else {}
 
 
 def check_folder(out: Path, features: Path, files: tuple[str, ...], is_ours: bool) -> None:
@@ -394,9 +418,8 @@ def check_folder(out: Path, features: Path, files: tuple[str, ...], is_ours: boo
         raise UsageError(f"{out} holds a {found[0]} that is not of this program; choose another --out")
 
 
-def package_versions():
-    packages = {name: importlib.metadata.version(name) for name in ("jax", "flax", "optax", "numpy")}
-    return {"python": platform.python_version()} | packages
+def package_versions(packages=("jax", "flax", "optax", "numpy")) -> dict[str, str]:
+    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in packages}
 
 
 # --- the data -------------------------------------------------------------------------------------------------------
@@ -1502,6 +1525,14 @@ class Predictions(NamedTuple):
         number = {name: index for index, name in enumerate(self.classes)}
         return np.array([number.get(utterance.emotion, -1) for utterance in self.utterances], np.int32)
 
+    def select(self, chosen: np.ndarray) -> "Predictions":
+        """Those of some utterances, by a bool mask (N,)."""
+        utterances, answers = (
+            list(itertools.compress(self.utterances, chosen)),
+            Answers(*(a[chosen] for a in self.answers)),
+        )
+        return Predictions(utterances, self.classes, answers, self.fold[chosen], self.speaker[chosen])
+
 
 class Trained(NamedTuple):
     """The outcome of training.
@@ -1610,8 +1641,8 @@ def evaluate(predictions: Predictions, scheme: str, independent: bool, statistic
     uncalibrated = stats.probabilities(answers.logits * answers.temperature[:, None])
     if len(metrics["speakers"]) < stats.FEW_SPEAKERS:
         notes = [*notes, f"with fewer than {stats.FEW_SPEAKERS} speakers the intervals are unreliable"]
-    if not independent:
-        metrics["speakers"] = {}
+    known = {utterance.speaker for utterance in utterances} - {None} if independent else set()
+    metrics["speakers"] = {name: scores for name, scores in metrics["speakers"].items() if name in known}
     return metrics | {
         "n_speakers": len({utterance.speaker for utterance in utterances} - {None}),
         "speaker_independent": independent,
@@ -1745,6 +1776,7 @@ def describe_model(scan: check_data.Scan, experiment: Experiment, trained: Train
         "encoder_similarity": float(stats.rank_correlation(dataset.x, stored.statistics.mean).min()),
         "rms": float(np.median([record.rms for record in scan.records])),
         "speakers": sorted({utterance.speaker or "" for utterance in dataset.utterances}),
+        "corpora": sorted({utterance.corpus for utterance in dataset.utterances}),
         "data": str(scan.directory.resolve()),
         "options": dataclasses.asdict(config),
     }
@@ -1829,18 +1861,26 @@ def report_text(metrics, page: Path, file) -> str:
 
 def report_heading(metrics) -> tuple[str, str]:
     """The method of evaluation, and the size of the data."""
-    folds, classes = len(metrics["folds"]), len(metrics["classes"])
-    if folds == 1:  # the test set of the user's table
+    folds, classes, scheme = len(metrics["folds"]), len(metrics["classes"]), printable(metrics["fold_scheme"])
+    if scheme == TRANSFER:
+        method = f"transfer: trained on {corpus_names(metrics['trained_on'])}, tested on unseen speakers of "
+        method += corpus_names(metrics["groups"]["corpus"])
+    elif folds == 1:  # the test set of the user's table
         method = f"one test set, {'' if metrics['speaker_independent'] else 'NOT '}speaker-independent"
     elif metrics["speaker_independent"]:
         method = f"{folds}-fold speaker-independent cross-validation"
     else:
         method = f"{folds}-fold cross-validation, NOT speaker-independent"
-    scheme = printable(metrics["fold_scheme"])
-    if not scheme.isdecimal():
+    if not scheme.isdecimal() and scheme != TRANSFER:
         method += f" ({scheme})"
     speakers = check_data.counted(metrics["n_speakers"], "speaker")
     return method, f"{metrics['n_utterances']} utterances, {speakers}, {classes} classes"
+
+
+def corpus_names(corpora: Iterable[str]) -> str:
+    """Corpora as readers know them."""
+    others = {"own": "a corpus of your own", "folder": "emotion-named folders"}
+    return ", ".join(others.get(name, name) for name in corpora)
 
 
 def new_table(*columns: str) -> Table:
@@ -2405,7 +2445,16 @@ def run_identity(experiment: Experiment, fingerprint: str) -> dict:
     """What two runs must share for one to resume from a checkpoint of the other; the split follows from it."""
     config, dataset, _, stored = experiment
     options = dataclasses.asdict(config)
-    for name in ("directory", "out", "predict", "fresh", "no_compile_cache", "recompute_stats", "require_gpu"):
+    for name in (
+        "directory",
+        "out",
+        "predict",
+        "new_speakers",
+        "fresh",
+        "no_compile_cache",
+        "recompute_stats",
+        "require_gpu",
+    ):
         del options[name]  # the results do not depend on them
     labels = [f"{u.file!r} {u.emotion!r} {u.speaker!r} {u.split or ''}".rstrip() for u in dataset.utterances]
     digests = {
@@ -2493,6 +2542,7 @@ class Model(NamedTuple):
     longest: int  # number of frames of the longest utterance
     merge: tuple[str, ...]
     speakers: tuple[str, ...]  # of the training data; "" stands for unknown ones
+    corpora: tuple[str, ...]  # of the training data
     encoder_similarity: float  # the lowest of a training utterance: see stats.rank_correlation
     rms: float  # of the features, median over training utterances
     temperature: float
@@ -2552,7 +2602,8 @@ def read_description(path: Path) -> Model:
         kinds = Model.__annotations__.items()
         model = Model(**{name: kind(given[name]) for name, kind in kinds if name != "ensemble"})
         check_data.ScanOptions("DIR", merge=model.merge)  # fails here, not later, if an entry is damaged
-        whole = all(isinstance(text, str) for text in (*model.classes, *model.keys, *model.speakers))
+        names = *model.classes, *model.keys, *model.speakers, *model.corpora
+        whole = all(isinstance(text, str) for text in names)
         whole = whole and np.isfinite([model.encoder_similarity, model.rms, model.temperature]).all()
         whole = whole and min(model.rms, model.temperature, model.dim, len(model.classes)) > 0
         whole = whole and all(0 < len(name) <= check_data.MAX_CLASS_NAME for name in model.classes)
@@ -2598,12 +2649,47 @@ def run_prediction(config: Config) -> int:
     if config.dim not in (None, model.dim):
         raise UsageError(f"--dim is {config.dim}, but the model needs features {model.dim} wide")
     check_statistics(model, given)
-    scan = check_data.Scan(given, model.dim, reshapes_vectors=model.reshapes_vectors, keys=model.keys)
+    notes, columns = choose_classes(model, config.classes)
+    scan, predictions = answer_files(config, model, columns)
+    for line in check_data.findings_report(scan):
+        log.info(line)
+    if not predictions.utterances:
+        raise UsageError(f"no file can be used; the model needs {model.dim}-dimensional features from its own encoder")
+    scored, reasons = choose_scored(config, model, predictions)
+    notes += reasons
+    metrics = None
+    if scored.utterances:
+        metrics = evaluate_transfer(model, scored, notes)
+        metrics |= left_out_report(scan) | provenance(config, package_versions(["numpy"]))
+    save_prediction(out, scan, predictions, model.ensemble.statistics_digest, metrics)
+    print_prediction(out, len(scan.findings), predictions, metrics, notes)
+    return 1 if scan.findings else 0
+
+
+def choose_classes(model: Model, names: str | None) -> tuple[list[str], list[int]]:
+    """The classes to answer among, as columns of the model's logits; and the notes about them."""
+    if names is None:
+        return [], list(range(len(model.classes)))
+    chosen = check_data.parse_emotions(names)
+    for name in chosen:
+        if name not in model.classes:
+            known = f"{', '.join(model.classes)}{check_data.suggest(name, model.classes)}"
+            raise UsageError(f"--classes: the model has no class {name}; it has {known}")
+    require(len(set(chosen)) > 1, "classes", "at least two classes of the model")
+    columns = [column for column, name in enumerate(model.classes) if name in chosen]
+    classes = f"{len(columns)} of the model's {len(model.classes)} classes"
+    return [f"--classes: answers among {classes}, whose probabilities are renormalised to a sum of 1"], columns
+
+
+def answer_files(config: Config, model: Model, columns: list[int]) -> tuple[check_data.Scan, Predictions]:
+    """The model's answers, among the classes of these columns, for every file that fits it."""
+    scan = check_data.Scan(Path(config.directory), model.dim, reshapes_vectors=model.reshapes_vectors, keys=model.keys)
     size = check_data.Scale(model.rms, np.hypot(*model.statistics))
+    options = dataclasses.replace(config, classes=None)  # labels of other classes stay known
     utterances = []
 
     def usable_features():
-        for utterance, frames in check_data.iter_features(config, scan, size, model.merge, log_scan_progress()):
+        for utterance, frames in check_data.iter_features(options, scan, size, model.merge, log_scan_progress()):
             if fault := model.reject(frames):
                 scan.findings.append(check_data.Finding(utterance.file, *fault))
             else:
@@ -2615,24 +2701,18 @@ def run_prediction(config: Config) -> int:
     finite = np.isfinite(answers.logits).all(1)  # the most probable of NaN would be the first class
     for place in np.flatnonzero(~finite):
         scan.findings.append(check_data.Finding(utterances[place].file, "overflow", "the model's output is NaN or Inf"))
-    utterances = [utterance for utterance, answered in zip(utterances, finite) if answered]
-    answers = Answers(*(part[finite] for part in answers))
-    speaker = np.array([utterance.speaker or "" for utterance in utterances])
-    predictions = Predictions(utterances, model.classes, answers, np.full(len(utterances), -1), speaker)
     scan.findings.sort()
-    for line in check_data.findings_report(scan):
-        log.info(line)
-    if not utterances:
-        raise UsageError(f"no file can be used; the model needs {model.dim}-dimensional features from its own encoder")
-    save_prediction(out, scan, predictions, model.ensemble.statistics_digest)
-    print_scores(model, utterances, answers.logits)
-    print(printable(str(out / "predictions.csv")))
-    return 1 if scan.findings else 0
+    classes = tuple(model.classes[column] for column in columns)
+    speaker = np.array([u.speaker or u.recording or u.file for u in utterances])
+    answers = answers._replace(logits=answers.logits[:, columns])
+    predictions = Predictions(utterances, classes, answers, np.full(len(utterances), -1), speaker)
+    return scan, predictions.select(finite)
 
 
 def check_prediction_folder(out: Path, features: Path, run: Path) -> None:
     """Keep predictions out of the features, out of the results of training, and away from files of other programs."""
-    if any(os.path.lexists(out / file) for file in ("metrics.json", "config.json", "lock")):
+    scheme = read_json(out / "metrics.json").get("fold_scheme", TRANSFER)
+    if scheme != TRANSFER or any(os.path.lexists(out / file) for file in RUN_FILES):
         raise UsageError(f"{out} holds the results of a training run; choose another --out")
     if any(part.is_symlink() for part in (out, *out.parents) if run in part.parents):
         raise UsageError(f"{out}: the model's folder has a link there; remove it, or choose another --out")
@@ -2654,37 +2734,79 @@ def check_statistics(model: Model, given: Path) -> None:
         raise UsageError(f"{name} is of another encoder than the model: {reason}")
 
 
-def save_prediction(out: Path, scan: check_data.Scan, predictions: Predictions, statistics_digest: str) -> None:
-    """Write predictions.csv, skipped.csv and fusion.npz, and print how many files got each label."""
+def choose_scored(config: Config, model: Model, predictions: Predictions) -> tuple[Predictions, list[str]]:
+    """The predictions for files with a known label and an unseen speaker, and why the others are not scored."""
+    utterances = predictions.utterances
+    reasons = [why_not_scored(config, model, predictions.classes, utterance) for utterance in utterances]
+    scored = predictions.select(np.array([not reason for reason in reasons]))
+    labels = {utterance.emotion for utterance in utterances} - {None}
+    if not labels:  # nobody expects a score
+        return scored, []
+    notes = []
+    for reason, count in collections.Counter(filter(None, reasons)).most_common():
+        names = f": {', '.join(sorted(labels - {*predictions.classes}))}" if reason == OTHER_CLASS else ""
+        notes.append(f"{check_data.counted(count, 'file')} not scored: {reason}{names}")
+    return scored, notes
+
+
+def why_not_scored(config: Config, model: Model, classes, utterance: emotions.Utterance) -> str:
+    """The reason why an utterance is not scored; empty if it is."""
+    if utterance.emotion is None:
+        return "no known label"
+    if utterance.emotion not in classes:
+        return OTHER_CLASS
+    if utterance.version:
+        return "a version of another file"
+    if utterance.speaker in model.speakers:
+        return "the speaker was in the training data"
+    if not (config.new_speakers or model.is_unseen_speaker(utterance.speaker)):
+        return "the names do not show whether the speaker was in the training data; if not, use --new-speakers"
+    return ""
+
+
+def evaluate_transfer(model: Model, scored: Predictions, notes: list[str]) -> dict:
+    """All of metrics.json that follows from the answers for files of unseen speakers."""
+    utterances, notes = scored.utterances, list(notes)
+    if stated := sum(not model.is_unseen_speaker(utterance.speaker) for utterance in utterances):
+        notes.append(
+            f"the speakers of {check_data.counted(stated, 'file')} are new to the model by --new-speakers alone"
+        )
+    if unknown := sum(utterance.speaker is None for utterance in utterances):
+        found = f"speaker unknown for {check_data.counted(unknown, 'file')}"
+        notes.append(f"{found}: each recording counts as a speaker of its own, so that the intervals are too narrow")
+    labels = {utterance.emotion for utterance in utterances}
+    if absent := [name for name in scored.classes if name not in labels]:
+        notes.append(f"no scored file is {', '.join(absent)}, but answers may be; --classes leaves classes out")
+    metrics = evaluate(scored, TRANSFER, True, "of the model's training data", notes)
+    return metrics | {"trained_on": list(model.corpora)}
+
+
+def save_prediction(
+    out: Path, scan: check_data.Scan, predictions: Predictions, statistics_digest: str, metrics: dict | None
+) -> None:
+    """Write the files of a prediction, and remove the scores of an earlier one if there are none now."""
     artifacts = {"skipped.csv": skipped_bytes(scan)} | prediction_files(predictions, statistics_digest)
+    if metrics:
+        artifacts |= score_files(metrics)
     out.mkdir(parents=True, exist_ok=True)
+    for file in SCORE_FILES:
+        if file not in artifacts:
+            (out / file).unlink(missing_ok=True)
     stats.write_files(out, artifacts)
-    classes, predicted = predictions.classes, predictions.answers.logits.argmax(1)
-    files = np.bincount(predicted, minlength=len(classes))
-    counts = ", ".join(f"{name} {count}" for name, count in zip(classes, files))
-    print(f"{check_data.counted(len(predicted), 'file')} labelled, {len(scan.findings)} left out: {printable(counts)}")
 
 
-def print_scores(model: Model, utterances, logits) -> None:
-    """Score the utterances with a known label and an unseen speaker."""
-    labelled = [utterance.emotion in model.classes and not utterance.version for utterance in utterances]
-    unseen = [model.is_unseen_speaker(utterance.speaker) for utterance in utterances]
-    counted = np.flatnonzero(np.logical_and(labelled, unseen))
-    if counted.size:
-        label = np.array([model.classes.index(utterances[place].emotion) for place in counted])
-        speaker = [utterances[place].speaker for place in counted]
-        metrics = stats.evaluate(label, logits[counted], speaker, np.zeros_like(label), model.classes)
-        low, high = metrics["ua_ci95"]
-        speakers = len(metrics["speakers"])
-        interval = f" ({low:.4f} to {high:.4f})" if speakers >= stats.FEW_SPEAKERS else ""
-        files = f"{check_data.counted(len(counted), 'file')} with a known label"
-        files += f", of {check_data.counted(speakers, 'unseen speaker')}"
-        print(f"UA {metrics['ua']:.4f}{interval} on {files}")
-    if any(labelled) and len(counted) < len(utterances):
-        reason = "label or speaker unknown, or the speaker was in the training data"
-        if any(utterance.version for utterance in utterances):
-            reason += ", or a version of another file"
-        print(f"{len(utterances) - len(counted)} not scored: {reason}")
+def print_prediction(out: Path, left_out: int, predictions: Predictions, metrics: dict | None, notes) -> None:
+    """Print how many files got each label, and the scores, or why there are none."""
+    files = np.bincount(predictions.answers.logits.argmax(1), minlength=len(predictions.classes))
+    counts = ", ".join(f"{name} {count}" for name, count in zip(predictions.classes, files))
+    print(
+        f"{check_data.counted(len(predictions.utterances), 'file')} labelled, {left_out} left out: {printable(counts)}"
+    )
+    if metrics:
+        sys.stdout.write(report_text(metrics, out / "report.html", sys.stdout))
+    else:
+        print("".join(f"note: {printable(note)}\n" for note in notes), end="")
+    print(printable(str(out / "predictions.csv")))
 
 
 # --- the device -----------------------------------------------------------------------------------------------------

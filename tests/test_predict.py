@@ -151,45 +151,131 @@ def test_the_number_of_files_in_memory_changes_no_answer(trained, tmp_path, monk
 # --- scores ---
 
 
+def metrics_of(out):
+    return json.loads((out / "metrics.json").read_text())
+
+
 def test_prediction_scores_labelled_files_of_unseen_speakers(trained, tmp_path, capsys):
     data = write_sample(tmp_path / "data", actors=7, dim=24)  # the first four of each corpus are training speakers
     np.savez(data / "nameless.npz", emb=np.load(data / "cremad_1001_IOM_ANG_XX.npz")["emb"] + 1)
     np.savez(data / "cremad_1006_XXX_ANG_XX.npz", emb=np.zeros(24))
     assert predict(data, trained / "first", tmp_path / "out") == 1
     output = capsys.readouterr().out
-    fusion = np.load(tmp_path / "out" / "fusion.npz")
+    fusion, metrics = np.load(tmp_path / "out" / "fusion.npz"), metrics_of(tmp_path / "out")
     unseen = np.isin(fusion["speaker"], [f"{corpus}{n}" for corpus in ("ravdess:0", "cremad:100") for n in (5, 6, 7)])
     label, predicted = fusion["label"][unseen], fusion["probability"][unseen].argmax(1)
-    ua = float(stats.Counts.of(stats.confusion_matrix(label, predicted, 8)).scores()["ua"])
-    assert f"UA {ua:.4f} (" in output
-    assert f") on {unseen.sum()} files with a known label, of 6 unseen speakers\n" in output
-    reason = "label or speaker unknown, or the speaker was in the training data"
-    assert f"{(~unseen).sum()} not scored: {reason}\n" in output
+    expected = stats.Counts.of(stats.confusion_matrix(label, predicted, 8)).scores()
+    assert {name: metrics[name] for name in expected} == pytest.approx(expected)
+    assert (metrics["n_utterances"], metrics["n_speakers"]) == (unseen.sum(), 6)
+    assert set(metrics["speakers"]) == set(fusion["speaker"][unseen])
+    assert metrics["notes"] == [
+        "112 files not scored: the speaker was in the training data",
+        "1 file not scored: no known label",
+    ]
+    assert f"UA (mean recall)  {metrics['ua']:.4f}" in output
     assert output.splitlines()[-1] == str(tmp_path / "out" / "predictions.csv")
     rows = rows_of(tmp_path / "out" / "predictions.csv")
     assert [row["label"] for row in rows if row["file"] == "nameless.npz"] == [""]
     assert [row["label"] for row in rows if row["file"] == "cremad_1001_IOM_ANG_XX.npz"] == ["angry"]
     assert [row["code"] for row in rows_of(tmp_path / "out" / "skipped.csv")] == ["constant"]
+    assert metrics["left_out"] == {"constant": 1}
 
 
-def test_few_unseen_speakers_have_no_interval(trained, tmp_path, capsys):
+def test_scores_of_a_prediction_name_the_corpora_in_their_first_line(trained, tmp_path, capsys):
     data = write_sample(tmp_path / "data", actors=6, dim=24)
-    for path in data.iterdir():
-        if not path.name.endswith("-05.npz") and not path.name.endswith("-06.npz"):
-            path.unlink()
+    for path in data.glob("cremad*"):
+        path.unlink()
     assert predict(data, trained / "first", tmp_path / "out") == 0
-    output = capsys.readouterr().out
-    (line,) = [line for line in output.splitlines() if line.startswith("UA ")]
-    assert line.endswith(" on 32 files with a known label, of 2 unseen speakers")
-    assert "(" not in line
-    assert "not scored" not in output
+    line = "transfer: trained on cremad, ravdess, tested on unseen speakers of ravdess"
+    assert capsys.readouterr().out.splitlines()[2] == line
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert line in page
+    assert "with fewer than 6 speakers the intervals are unreliable" in page
+    assert str(tmp_path) not in page
+    matrix = [list(row.values())[1:] for row in rows_of(tmp_path / "out" / "confusion.csv")]
+    assert [list(map(int, row)) for row in matrix] == metrics_of(tmp_path / "out")["confusion"]
 
 
 def test_files_of_training_speakers_are_not_scored(trained, tmp_path, capsys):
-    assert predict(trained / "data", trained / "first", tmp_path / "out") == 1
-    output = capsys.readouterr().out
-    assert "UA" not in output
-    assert "112 not scored" in output
+    assert predict(trained / "data", trained / "first", tmp_path / "out", "--new-speakers") == 1
+    assert "note: 112 files not scored: the speaker was in the training data\n" in capsys.readouterr().out
+    assert not (tmp_path / "out" / "metrics.json").exists()
+
+
+def write_table(folder, speaker):
+    """A table with the labels that the names of a sample have, and speakers named by a function of the name."""
+    parsed = {path.name: emotions.parse_name(path.name, "ravdess") for path in sorted(folder.glob("ravdess*"))}
+    lines = [f"{name},{utterance.emotion},{speaker(utterance)}" for name, utterance in parsed.items()]
+    table = folder.parent / "table.csv"
+    table.write_text("\n".join(["file,emotion,speaker", *lines]))
+    return ["--labels", str(table)], len(lines)
+
+
+@pytest.mark.parametrize(
+    ("speaker", "n_speakers", "notes"),
+    [
+        (lambda utterance: utterance.speaker, 4, ["new to the model by --new-speakers alone"]),
+        (lambda utterance: "", 0, ["new to the model by --new-speakers alone", "the intervals are too narrow"]),
+    ],
+)
+def test_new_speakers_states_what_names_cannot_tell(trained, tmp_path, capsys, speaker, n_speakers, notes):
+    data, out = write_sample(tmp_path / "data", actors=4, dim=24), tmp_path / "out"
+    labels, count = write_table(data, speaker)
+    assert predict(data, trained / "first", out, *labels) == 0
+    assert f"{count} files not scored: the names do not show whether the speaker was in" in capsys.readouterr().out
+    assert predict(data, trained / "first", out, *labels, "--new-speakers") == 0
+    metrics = metrics_of(out)
+    assert (metrics["n_utterances"], metrics["n_speakers"], len(metrics["speakers"])) == (count, n_speakers, n_speakers)
+    assert all(any(note in found for found in metrics["notes"]) for note in notes)
+    assert "tested on unseen speakers of a corpus of your own" in capsys.readouterr().out
+
+
+def test_fewer_classes_share_the_probability(trained, tmp_path):
+    data = write_sample(tmp_path / "data", actors=6, dim=24)
+    assert predict(data, trained / "first", tmp_path / "all") == 0
+    assert predict(data, trained / "first", tmp_path / "few", "--classes", "sad,happy") == 0
+    whole, few = (np.load(tmp_path / name / "fusion.npz") for name in ("all", "few"))
+    assert few["classes"].tolist() == ["happy", "sad"]
+    kept = whole["probability"][:, [2, 3]]
+    np.testing.assert_allclose(few["probability"], kept / kept.sum(1, keepdims=True), rtol=1e-4)
+    np.testing.assert_array_equal(few["label"], np.where(np.isin(whole["label"], (2, 3)), whole["label"] - 2, -1))
+    metrics, every = metrics_of(tmp_path / "few"), metrics_of(tmp_path / "all")
+    assert metrics["n_utterances"] == sum(map(sum, every["confusion"][2:4]))
+    assert metrics["chance_ua"] == 0.5
+    assert "answers among 2 of the model's 8 classes, whose probabilities are renormalised" in metrics["notes"][0]
+    assert any("label is not among the classes: angry, calm, disgust, fear" in note for note in metrics["notes"])
+    assert {row["label"] for row in rows_of(tmp_path / "few" / "predictions.csv")} == set(emotions.EMOTIONS)
+
+
+def test_fewer_classes_need_no_labels(trained, tmp_path, capsys):
+    source = next((trained / "data").glob("ravdess*.npz"))
+    shutil.copy(source, tmp_path / "x.npz")
+    assert predict(tmp_path / "x.npz", trained / "first", tmp_path / "out", "--classes", "sad,happy") == 0
+    assert "note: --classes: answers among 2 of the model's 8 classes" in capsys.readouterr().out
+
+
+def test_classes_that_no_scored_file_has_are_noted(trained, tmp_path):
+    data = write_sample(tmp_path / "data", actors=6, dim=24)
+    for path in [*data.glob("ravdess*")]:
+        path.unlink()
+    assert predict(data, trained / "first", tmp_path / "out") == 0
+    assert any("no scored file is calm, surprise, but" in note for note in metrics_of(tmp_path / "out")["notes"])
+
+
+def test_a_prediction_without_scores_leaves_none_of_an_earlier_one(trained, tmp_path):
+    out = tmp_path / "out"
+    assert predict(write_sample(tmp_path / "data", actors=6, dim=24), trained / "first", out) == 0
+    assert predict(trained / "data", trained / "first", out) == 1
+    assert {path.name for path in out.iterdir()} == {"fusion.npz", "predictions.csv", "skipped.csv"}
+
+
+def test_the_results_of_a_run_are_no_prediction_even_if_only_some_are_there(trained, tmp_path, caplog):
+    out = tmp_path / "out"
+    for name in ("predictions.csv", "metrics.json"):
+        out.mkdir(exist_ok=True)
+        shutil.copy(trained / "first" / name, out)
+    assert predict(trained / "data", trained / "first", out) == 2
+    assert "holds the results of a training run" in caplog.messages[-1]
 
 
 @pytest.mark.parametrize(
@@ -208,7 +294,7 @@ def test_files_of_training_speakers_are_not_scored(trained, tmp_path, capsys):
     ],
 )
 def test_a_speaker_is_unseen_only_if_that_is_certain(training_speakers, speaker, unseen):
-    model = train.Model((), 1, "mean", False, (), 1, (), training_speakers, 0.0, 1.0, 1.0, None)
+    model = train.Model((), 1, "mean", False, (), 1, (), training_speakers, (), 0.0, 1.0, 1.0, None)
     assert model.is_unseen_speaker(speaker) == unseen
 
 
@@ -229,7 +315,10 @@ def test_prediction_leaves_out_features_of_an_absurd_scale(trained, tmp_path):
 
 def test_a_misspelled_class_is_named(trained, tmp_path, caplog):
     assert predict(trained / "data", trained / "first", tmp_path / "out", "--classes", "hapyy") == 2
-    assert "hapyy" in caplog.messages[-1]
+    assert "the model has no class hapyy; it has neutral, calm" in caplog.messages[-1]
+    assert caplog.messages[-1].endswith("did you mean happy?")
+    assert predict(trained / "data", trained / "first", tmp_path / "out", "--classes", "sad") == 2
+    assert "--classes must be at least two classes of the model" in caplog.messages[-1]
 
 
 def test_prediction_merges_labels_as_the_training_did(tmp_path, jax_stack):
@@ -447,6 +536,7 @@ DAMAGES = {
     "a negative rms": (lambda run: damage_config(run, rms=-1), NOT_FINISHED),
     "merge a number": (lambda run: damage_config(run, options={"merge": 1}), NOT_FINISHED),
     "merge without =": (lambda run: damage_config(run, options={"merge": [1]}), NOT_FINISHED),
+    "no corpora": (lambda run: damage_config(run, corpora=None), NOT_FINISHED),
     "no speakers": (lambda run: damage_config(run, speakers=None), NOT_FINISHED),
     "another pooling": (lambda run: damage_config(run, pooling="attentive"), NOT_FINISHED),
     "a scale of 0": (lambda run: damage_model(run, scale=np.zeros(24, np.float32)), NOT_FINITE),

@@ -140,7 +140,7 @@ def test_the_history_has_a_row_for_each_epoch_fold_and_seed(trained):
 
 def test_the_configuration_describes_the_model(trained):
     config = json.loads((trained / "first" / "config.json").read_text())
-    assert config["format"] == 5
+    assert config["format"] == 6
     assert config["classes"] == list(emotions.EMOTIONS)
     assert (config["dim"], config["pooling"], config["reshapes_vectors"]) == (24, "mean", False)
     assert len(config["speakers"]) == 8
