@@ -87,9 +87,15 @@ class UsageError(Exception):
         super().__init__("\n  ".join(map(printable, (message, *table))))
 
 
-def option(default: Any, text: str, group: str = "input and labels", choices: Iterable[str] = ()) -> Any:
-    """Define a field of an options dataclass, with its default and its --help text, group and choices."""
-    return dataclasses.field(default=default, metadata={"help": text, "group": group, "choices": tuple(choices)})
+def option(
+    default: Any, text: str, group: str = "input and labels", choices: Iterable[str] = (), metavar: str = ""
+) -> Any:
+    """Define a field of an options dataclass, with its default and its --help text, group and choices.
+
+    An option with a `metavar` takes several values at once.
+    """
+    metadata = {"help": text, "group": group, "choices": tuple(choices), "metavar": metavar}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 def require(condition: bool, name: str, expected: str) -> None:
@@ -109,12 +115,15 @@ def suggest(word: str, choices: Iterable[str]) -> str:
 def build_parser(options: type, description: str, details: str) -> tuple[argparse.ArgumentParser, dict[str, Any]]:
     """A parser for every field of an options dataclass, the first of which is DIR, and its option groups by title.
 
-    `details` (examples, exit status) are printed as they are, below the options.
+    DIR may be left out if its field has a default. `details` (examples, exit status) are printed as they are, below
+    the options.
     """
     layout = argparse.RawDescriptionHelpFormatter
     usage = "%(prog)s DIR [options]"
     parser = argparse.ArgumentParser(usage=usage, description=description, epilog=details, formatter_class=layout)
-    parser.add_argument("directory", metavar="DIR", help="folder of .npz or .npy files, flat or in subfolders")
+    nargs = None if dataclasses.fields(options)[0].default is dataclasses.MISSING else "?"
+    help_text = "folder of .npz or .npy files, flat or in subfolders"
+    parser.add_argument("directory", metavar="DIR", nargs=nargs, help=help_text)
     version = f"%(prog)s {VERSION}"
     parser.add_argument("--version", action="version", version=version, help="show the version and exit")
     groups = {title: parser.add_argument_group(title) for title in OPTION_GROUPS}
@@ -129,6 +138,9 @@ def add_option(group: Any, field: dataclasses.Field) -> None:
     choices = field.metadata["choices"]
     if field.type is bool:
         group.add_argument(flag, action="store_true", help=text)
+    elif field.metadata["metavar"]:
+        names = field.metadata["metavar"]
+        group.add_argument(flag, action="extend", nargs="+", default=[], metavar=names, help=text)
     elif default == ():
         group.add_argument(flag, action="append", default=[], metavar="STR", help=text)
     else:
@@ -842,8 +854,7 @@ class Scan:
         """Count files by one field of `Record` or `Utterance`, sorted; emotions are in the order of the vocabulary."""
         owners = self.records if field in Record.__slots__ else self.utterances
         counts = Counter(getattr(owner, field) for owner in owners)
-        order = {word: index for index, word in enumerate(emotions.EMOTIONS)}
-        return {key: counts[key] for key in sorted(counts, key=lambda key: (order.get(key, len(order)), key or ""))}
+        return {key: counts[key] for key in sorted(counts, key=emotions.emotion_order)}
 
     def keys_used(self) -> dict[str, int]:
         """Count the files by the name of the array with the features, the largest first; an NPY file has none."""

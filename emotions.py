@@ -404,6 +404,11 @@ def normalise_emotion(word: str) -> str:
     return emotion_word(word) or _ABBREVIATIONS.get(word.lower(), word.lower())
 
 
+def emotion_order(word: str | None) -> tuple[int, str]:
+    """Sort key for emotions: those of the common vocabulary in its order, then all others by name."""
+    return EMOTIONS.index(word) if word in EMOTIONS else len(EMOTIONS), word or ""
+
+
 def is_unknown(label: str | None) -> bool:
     """Whether an emotion or a speaker in a table is a word for none, such as `nan` or `Unknown`."""
     return (label or "").strip().casefold() in _UNKNOWN

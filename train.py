@@ -3,6 +3,7 @@
 
     python train.py DIR [--out RUN]
     python train.py DIR --predict RUN
+    python train.py --compare RUN RUN...
 
 A run scans DIR, packs the features, splits by speaker, trains all folds and the final model as one compiled program,
 answers for each test speaker with models that never saw that speaker, scores those answers, and writes RUN.
@@ -102,6 +103,8 @@ PREDICTIONS = ("predictions.csv", "skipped.csv", "fusion.npz", *SCORE_FILES)  # 
 RUN_FILES = ("config.json", "model.npz", "history.csv", "train.log", "lock")  # files that only a run writes
 
 
+FORMATS = ("terminal", "markdown", "latex", "json")  # of the tables of --compare
+
 SWEEP = {  # what --sweep draws: lowest and highest value; "log" draws the logarithm uniformly
     "learning_rate": (3e-4, 3e-3, "log"),
     "weight_decay": (1e-3, 3e-1, "log"),
@@ -119,9 +122,12 @@ SWEEP = {  # what --sweep draws: lowest and highest value; "log" draws the logar
 class Config(check_data.ScanOptions):
     """Every option: its default, type and help. The command line is built from it."""
 
+    directory: str | None = None
     out: str | None = option(None, "results folder (default: runs/<name of DIR>)", "output")
     predict: str | None = option(None, "label DIR, or a single file, with the model in this results folder", "output")
     new_speakers: bool = option(False, "score speakers that may be new to the model, unless their names tell", "output")
+    compare: tuple[str, ...] = option((), "compare the scores of these results folders", "output", metavar="RUN")
+    format: str = option("terminal", "form of the tables of --compare", "output", FORMATS)
     seeds: int = option(5, "models per fold, each with other validation speakers; their logits are averaged", "split")
     seed: int = option(0, "random seed", "split")
     epochs: int = option(40, "maximum epochs", "training")
@@ -146,6 +152,12 @@ class Config(check_data.ScanOptions):
         super().__post_init__()
         for name in ("out", "predict"):
             require(getattr(self, name) != "", name, "non-empty")
+        object.__setattr__(self, "compare", tuple(self.compare))
+        if self.compare and self.directory is not None:
+            raise UsageError(f"--compare takes results folders, and no DIR ({self.directory})")
+        if self.directory is None and not self.compare:
+            raise UsageError("DIR is missing: the folder with the features; see --help")
+        require(len(self.compare) != 1, "compare", "followed by two or more results folders")
         for name in ("seeds", "epochs", "patience", "batch", "width", "sweep"):
             require(1 <= getattr(self, name) <= MAX_NUMBER, name, f"from 1 to {MAX_NUMBER}")
         require(self.seeds * self.width <= MAX_UNITS, "width", f"at most {MAX_UNITS} / --seeds")
@@ -165,6 +177,7 @@ examples:
   python train.py DIR                          train; results in runs/<name of DIR>
   python train.py DIR --folds emobox-ravdess   with the folds of a publication
   python train.py NEW --predict RUN            label other files with a model
+  python train.py --compare RUN RUN            compare the scores of finished runs
 
 exit status: 0 done; 1 the run failed, or --predict left files out; 2 wrong usage,
 or nothing to work on; 130, 143, 129 ended by Ctrl-C, SIGTERM or SIGHUP: the same
@@ -2450,6 +2463,8 @@ def run_identity(experiment: Experiment, fingerprint: str) -> dict:
         "out",
         "predict",
         "new_speakers",
+        "compare",
+        "format",
         "fresh",
         "no_compile_cache",
         "recompute_stats",
@@ -2570,8 +2585,7 @@ class Model(NamedTuple):
 
 def load_model(run: Path) -> Model:
     """Read the model of a finished run; a UsageError names what is missing, damaged, of another version, or mixed."""
-    if any(os.path.lexists(run / file) for file in RunFolder.CHECKPOINTS):
-        raise UsageError(f"{run} holds an unfinished run; finish it with the same command, or remove its checkpoints")
+    require_finished(run)
     try:
         model = read_description(run / "config.json")
         blob = stats.read_bytes(run / "model.npz", MAX_MODEL)
@@ -2589,6 +2603,12 @@ def load_model(run: Path) -> Model:
     params = {path.removeprefix("params/"): array for path, array in arrays.items()}
     mean, scale = (np.repeat(params.pop(part)[None], seeds, 0) for part in ("mean", "scale"))
     return model._replace(ensemble=Ensemble(mean, scale, params))
+
+
+def require_finished(run: Path) -> None:
+    """Raise a UsageError if a folder holds the checkpoints of an unfinished run."""
+    if any(os.path.lexists(run / file) for file in RunFolder.CHECKPOINTS):
+        raise UsageError(f"{run} holds an unfinished run; finish it with the same command, or remove its checkpoints")
 
 
 def read_description(path: Path) -> Model:
@@ -2809,6 +2829,243 @@ def print_prediction(out: Path, left_out: int, predictions: Predictions, metrics
     print(printable(str(out / "predictions.csv")))
 
 
+# --- several runs ---------------------------------------------------------------------------------------------------
+
+
+class Results(NamedTuple):
+    """The name of a finished run, its metrics.json, and the arrays of its fusion.npz."""
+
+    name: str
+    metrics: dict
+    arrays: dict[str, np.ndarray]
+
+
+def load_results(run: Path) -> Results:
+    """Read the results of a finished run; a UsageError names what is missing, damaged, or of another program."""
+    require_finished(run)
+    try:
+        metrics = json.loads(stats.read_bytes(run / "metrics.json", MAX_DESCRIPTION))
+        arrays = check_data.read_arrays(run / "fusion.npz", kinds="fiU")
+        whole = has_all_scores(metrics) and has_all_answers(arrays)
+    except stats.DataError as error:
+        raise UsageError(f"{run} holds no results of a finished run: {error}") from None
+    except (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError):
+        whole = False
+    if not whole:
+        raise UsageError(f"{run}: metrics.json or fusion.npz is damaged, or of another version of train.py")
+    return Results(str(run), metrics, arrays)
+
+
+def has_all_scores(metrics) -> bool:
+    """Whether metrics.json has what is compared; any exception means the same as False."""
+    intervals = [metrics[f"{name}_ci95"] for name in SCORES]
+    counts = metrics["n_utterances"], metrics["n_speakers"], len(metrics["folds"])
+    numbers = [metrics["ece"], *(metrics[name] for name in SCORES), *itertools.chain(*intervals), *counts]
+    numeric = all(number is None or type(number) in (int, float) for number in numbers)
+    return numeric and all(len(pair) == 2 for pair in intervals) and isinstance(metrics["fold_scheme"], str)
+
+
+def has_all_answers(arrays) -> bool:
+    """Whether fusion.npz has the answers for each utterance; any exception means the same as False."""
+    rows, columns = arrays["logits"].shape
+    texts = [arrays[name] for name in ("classes", "utterance", "speaker")]
+    for array in texts:
+        array.tolist()  # fails for numbers that are no characters
+    by_row = ("utterance", "speaker", "temperature", "label", "fold")
+    fits = all(arrays[name].shape == (rows,) for name in by_row) and arrays["classes"].shape == (columns,)
+    fits = fits and rows > 0 and all(array.dtype.kind == "U" for array in texts)
+    finite = np.isfinite(arrays["logits"]).all() and np.isfinite(arrays["temperature"]).all()
+    numbered = all(arrays[name].dtype.kind == "i" for name in ("label", "fold"))
+    return fits and finite and numbered and arrays["temperature"].min() > 0 and -2 < arrays["label"].max() < columns
+
+
+class Aligned(NamedTuple):
+    """The answers of R runs, aligned by the names of N utterances, sorted, and of C classes.
+
+    Several files of one utterance, such as a recording with and without video, count as one with their mean
+    probability.
+    """
+
+    utterance: np.ndarray  # (N,)
+    classes: tuple[str, ...]
+    probability: np.ndarray  # (R, N, C); 0 where it is not known
+    known: np.ndarray  # (R, N, C), bool: whether the run has the utterance and the class
+    label: np.ndarray  # (R, N), index of the class; -1 if unknown
+    speaker: np.ndarray  # (R, N), text; empty if unknown
+    fold: np.ndarray  # (R, N), from 1; 0 if there is none
+
+    @property
+    def has(self) -> np.ndarray:
+        """Whether a run has an utterance, shape (R, N)."""
+        return self.known.any(2)
+
+
+def align(runs: list[Results]) -> Aligned:
+    """Align the answers of some runs; class names are those of the common vocabulary, so that `fearful` is `fear`."""
+    names = [list(map(emotions.normalise_emotion, run.arrays["classes"].tolist())) for run in runs]
+    classes = sorted(set(itertools.chain(*names)), key=emotions.emotion_order)
+    utterance = np.unique(np.concatenate([run.arrays["utterance"] for run in runs]))
+    shape = len(runs), len(utterance)
+    probability = np.zeros((*shape, len(classes)))
+    known = np.zeros(probability.shape, bool)
+    label, fold, speaker = np.full(shape, -1), np.zeros(shape, int), np.full(shape, "", object)
+    for number, run in enumerate(runs):
+        arrays, column = run.arrays, np.array([classes.index(name) for name in names[number]])
+        row = np.searchsorted(utterance, arrays["utterance"])
+        answers = stats.probabilities(arrays["logits"] / arrays["temperature"].astype(float)[:, None])
+        np.add.at(probability[number], (row[:, None], column), answers)
+        known[number][np.ix_(row, column)] = True
+        label[number, row] = np.where(arrays["label"] >= 0, column[arrays["label"]], -1)
+        fold[number, row], speaker[number, row] = arrays["fold"], arrays["speaker"].tolist()
+    files = probability.sum(-1, keepdims=True)
+    probability = probability / np.where(files > 0, files, 1)
+    return Aligned(utterance, tuple(classes), probability, known, label, speaker, fold)
+
+
+def run_comparison(config: Config) -> int:
+    """Print the scores of some runs, and the differences of each from the first one on the utterances of both."""
+    unused = [field.name for field in dataclasses.fields(config)[1:] if field.name not in ("compare", "format")]
+    log_unused(config, "with --compare", unused)
+    first, *others = [load_results(Path(name)) for name in config.compare]
+    scores = [run_scores(run) for run in (first, *others)]
+    differences, notes = [], []
+    for other in others:
+        aligned = align([first, other])
+        differences.append({"run": other.name} | run_differences(aligned))
+        notes += comparison_notes(first, other, aligned)
+    if config.format == "json":
+        content = {"runs": scores, "first": first.name, "differences": differences, "notes": notes}
+        sys.stdout.write(stats.json_bytes(content).decode())
+        return 0
+    explanation = (
+        "95 % intervals are over speakers (jackknife); p is two-sided and not corrected for several comparisons."
+    )
+    title = f"Differences from {first.name} on the utterances of both, in points:"
+    tables = [format_table(rows, config.format) for rows in (score_cells(scores), difference_cells(differences))]
+    texts = [ESCAPES[config.format](text) for text in (title, explanation, *notes)]
+    print("\n\n".join([tables[0], texts[0], tables[1], *texts[1:]]))
+    return 0
+
+
+def run_scores(run: Results) -> dict:
+    """What --compare shows of a run; names and values are those of metrics.json."""
+    names = ("n_utterances", "n_speakers", "fold_scheme", "speaker_independent", "adapted", "ece")
+    intervals = [f"{name}_ci95" for name in SCORES]
+    scores = {name: run.metrics.get(name) for name in (*SCORES, *intervals, *names)}
+    return {"run": run.name, "n_folds": len(run.metrics["folds"])} | scores
+
+
+def run_differences(aligned: Aligned) -> dict:
+    """Differences of the second from the first run, on the utterances that both have with the same label."""
+    label, other_label = aligned.label
+    shared = np.flatnonzero((label >= 0) & (label == other_label))
+    # Where the speaker is unknown, each utterance counts as its own.
+    speaker = [one or other or name for one, other, name in zip(*aligned.speaker[:, shared], aligned.utterance[shared])]
+    counts = []
+    for probability in aligned.probability[:, shared]:
+        _, by_speaker = stats.group_counts(speaker, label[shared], probability.argmax(1), len(aligned.classes))
+        counts.append(by_speaker)
+    differences = {name: found._asdict() for name, found in stats.paired_differences(*counts).items()}
+    return {"n_utterances": len(shared), "n_speakers": len(set(speaker))} | differences
+
+
+def comparison_notes(first: Results, other: Results, aligned: Aligned) -> list[str]:
+    """What makes the scores of two runs differ besides their features and models."""
+    notes, names, metrics = [], (first.name, other.name), (first.metrics, other.metrics)
+
+    def add(kind: str, details: Iterable) -> None:
+        notes.append(f"{kind}: " + "; ".join(f"{name} has {detail}" for name, detail in zip(names, details)))
+
+    has_class, shared = aligned.known.any(1), aligned.has.all(0)
+    if not has_class.all():
+        add("CLASSES DIFFER", [" ".join(itertools.compress(aligned.classes, row)) for row in has_class])
+    if not shared.all():
+        add("UTTERANCES DIFFER", [f"{row.sum()}, {shared.sum()} of them in both" for row in aligned.has])
+    label, other_label = aligned.label[:, shared]
+    if contradicting := int(((label != other_label) & (np.minimum(label, other_label) >= 0)).sum()):
+        notes.append(f"LABELS DIFFER: {contradicting} utterances of {first.name} have other labels in {other.name}")
+    folds, other_folds = aligned.fold[:, shared]
+    if len(set(zip(folds, other_folds))) > len(set(folds)) or len(set(folds)) != len(set(other_folds)):
+        add("FOLDS DIFFER", [f"{len(each['folds'])} ({each['fold_scheme']})" for each in metrics])
+    independence = [each.get("speaker_independent") for each in metrics]
+    if independence[0] != independence[1]:
+        add("INDEPENDENCE DIFFERS", [f"{'unseen' if each else 'possibly seen'} speakers" for each in independence])
+    adaptation = [json.dumps(each.get("adapted") or "none") for each in metrics]
+    if adaptation[0] != adaptation[1]:
+        add("ADAPTATION DIFFERS", adaptation)
+    return notes
+
+
+def score_cells(scores: list[dict]) -> list[list[str]]:
+    """The rows of the table of scores, its head first."""
+    titles = [f"{title.partition(' (')[0]}, %" for title in SCORES.values()]
+    rows = [["run", *titles, "utterances", "speakers", "folds", "ECE, %"]]
+    for run in scores:
+        cells = []
+        for name in SCORES:
+            low, high = run[f"{name}_ci95"]
+            cells.append(f"{percent(run[name])} ({percent(low)} to {percent(high)})")
+        folds = f"{run['n_folds']}" if run["fold_scheme"].isdecimal() else f"{run['n_folds']} ({run['fold_scheme']})"
+        counts = [str(run["n_utterances"]), str(run["n_speakers"]), folds, percent(run["ece"])]
+        rows.append([run["run"], *cells, *counts])
+    return rows
+
+
+def difference_cells(differences: list[dict]) -> list[list[str]]:
+    """The rows of the table of differences, its head first."""
+    titles = [column for title in SCORES.values() for column in (title.partition(" (")[0], "p")]
+    rows = [["run", *titles, "utterances", "speakers"]]
+    for run in differences:
+        cells = []
+        for name in SCORES:
+            difference, low, high, p = run[name].values()
+            points = [f"{100 * value:+.1f}" for value in (difference, low, high)]
+            cells += [f"{points[0]} ({points[1]} to {points[2]})", f"{p:.3f}" if p >= 0.001 else "< 0.001"]
+            if not math.isfinite(difference):
+                cells[-2:] = "-", "-"
+        rows.append([run["run"], *cells, str(run["n_utterances"]), str(run["n_speakers"])])
+    return rows
+
+
+def format_table(rows: list[list[str]], form: str) -> str:
+    """A table in one of FORMATS; the first row is its head, the first column text, all others numbers."""
+    rows = [[ESCAPES[form](cell) for cell in row] for row in rows]
+    numbers = len(rows[0]) - 1
+    if form == "latex":
+        head, *body = [" & ".join(row) + r" \\" for row in rows]
+        return "\n".join([rf"\begin{{tabular}}{{l{'r' * numbers}}}", head, r"\hline", *body, r"\end{tabular}"])
+    if form == "markdown":
+        rows.insert(1, ["---", *["---:"] * numbers])
+        return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    widths = [max(map(cell_len, column)) for column in zip(*rows)]
+    return "\n".join("  ".join(map(pad_cell, row, widths)).rstrip() for row in rows)
+
+
+def pad_cell(text: str, width: int) -> str:
+    return text + " " * (width - cell_len(text))
+
+
+def escape_markdown(text: str) -> str:
+    return re.sub(r"([\\`*_\[\]<>|~&$#])", r"\\\1", printable(text))
+
+
+def escape_latex(text: str) -> str:
+    return "".join(LATEX_SPECIALS.get(character, character) for character in printable(text))
+
+
+#: Characters that LaTeX does not print as they are.
+LATEX_SPECIALS = {character: f"\\{character}" for character in "{}$&#_%"} | {
+    "\\": r"\textbackslash{}",
+    "^": r"\textasciicircum{}",
+    "~": r"\textasciitilde{}",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+    "|": r"\textbar{}",
+    '"': r"\textquotedbl{}",
+}
+ESCAPES = {"terminal": printable, "markdown": escape_markdown, "latex": escape_latex}
+
+
 # --- the device -----------------------------------------------------------------------------------------------------
 
 
@@ -2953,7 +3210,10 @@ def main(arguments=None) -> int:
     log.setLevel(logging.INFO)
     try:
         config = parse_config(arguments)
-        status = run_training(config) if config.predict is None else run_prediction(config)
+        if config.compare:
+            status = run_comparison(config)
+        else:
+            status = run_training(config) if config.predict is None else run_prediction(config)
         sys.stdout.flush()
         return status
     except (UsageError, stats.DataError) as error:
