@@ -93,6 +93,7 @@ HISTORY = dict.fromkeys(MEASURES, np.float32) | {"active": np.bool_, "skipped": 
 ARTIFACT_VERSION = 6  # of config.json and model.npz
 TRAINING_VERSION = 6  # raised when old checkpoints would continue differently, so that they are refused
 MAX_MISTAKES = 10  # in metrics.json and the report
+GROUPS = ("corpus", "gender", "intensity")  # fields of an utterance by which it is scored
 SCORES = {"ua": "UA (mean recall)", "wa": "WA (accuracy)", "macro_f1": "macro F1"}
 MAX_NUMBER, MAX_UNITS, MAX_MODELS = 1_000_000, 1 << 20, 20_000  # epochs and the like; hidden units of all seeds; models
 MAX_DESCRIPTION, MAX_MODEL = 1 << 24, 1 << 30  # bytes of config.json and of model.npz
@@ -1710,7 +1711,7 @@ def error_analysis(utterances, label, probability, classes) -> dict:
     """Scores by corpus, gender and intensity, and the mistakes with the highest confidence."""
     predicted, confidence = probability.argmax(1), probability.max(1)
     groups = {}
-    for field in ("corpus", "gender", "intensity"):
+    for field in GROUPS:
         group = [getattr(utterance, field) for utterance in utterances]
         groups[field] = stats.group_scores(*stats.group_counts(group, label, predicted, len(classes)))
     order = np.argsort(-confidence, kind="stable")
@@ -1757,7 +1758,8 @@ def save_run(run: "RunFolder", scan: check_data.Scan, experiment: Experiment, tr
     # All seeds of the final model share its mean and scale.
     model = stats.npz_bytes({"mean": final.mean[0], "scale": final.scale[0]} | params)
     # After a kill between two renames, or if files of two runs are mixed, they do not belong together.
-    config = describe_model(scan, experiment, trained) | {"model": hashlib.sha256(model).hexdigest()}
+    digests = {"statistics": final.statistics_digest, "model": hashlib.sha256(model).hexdigest()}
+    config = describe_model(scan, experiment, trained) | {"model": digests["model"]}
     artifacts = {
         "config.json": stats.json_bytes(config),
         "history.csv": stats.csv_bytes(trained.history),
@@ -1766,7 +1768,7 @@ def save_run(run: "RunFolder", scan: check_data.Scan, experiment: Experiment, tr
         stats.STD_FILE: stats.npy_bytes(statistics.std),
         "model.npz": model,
     }
-    artifacts |= prediction_files(out_of_fold(experiment, trained), final.statistics_digest)
+    artifacts |= prediction_files(out_of_fold(experiment, trained), digests)
     artifacts |= score_files(metrics)  # metrics.json is renamed last: it marks a complete run
     run.path.mkdir(parents=True, exist_ok=True)  # it may have been moved away meanwhile
     stats.write_files(run.path, artifacts)
@@ -1795,8 +1797,8 @@ def describe_model(scan: check_data.Scan, experiment: Experiment, trained: Train
     }
 
 
-def prediction_files(predictions: Predictions, statistics_digest: str) -> dict[str, bytes | memoryview]:
-    """predictions.csv and fusion.npz, with a row for each utterance."""
+def prediction_files(predictions: Predictions, digests: dict[str, str]) -> dict[str, bytes | memoryview]:
+    """predictions.csv and fusion.npz, with a row for each utterance; `digests` identify model and statistics."""
     probability = stats.probabilities(predictions.answers.logits)
     rows = []
     for utterance, fold, row in zip(predictions.utterances, predictions.fold, probability):
@@ -1804,17 +1806,17 @@ def prediction_files(predictions: Predictions, statistics_digest: str) -> dict[s
         names |= {"speaker": utterance.speaker or "", "label": utterance.emotion or "", "fold": int(fold) + 1}
         names |= {"predicted": predictions.classes[row.argmax()]}
         rows.append(names | {f"p_{name}": f"{p:.6f}" for name, p in zip(predictions.classes, row)})
-    return {"predictions.csv": stats.csv_bytes(rows), "fusion.npz": fusion_bytes(predictions, statistics_digest)}
+    return {"predictions.csv": stats.csv_bytes(rows), "fusion.npz": fusion_bytes(predictions, digests)}
 
 
-def fusion_bytes(predictions: Predictions, statistics_digest: str) -> memoryview:
+def fusion_bytes(predictions: Predictions, digests: dict[str, str]) -> memoryview:
     """fusion.npz: what a fusion with other modalities needs, a row for each utterance. See docs/reference.md.
 
     Its logits are those before calibration.
     """
     utterances, classes, answers, fold, _ = predictions
     arrays = {
-        "id": np.array([os.path.splitext(utterance.file)[0] for utterance in utterances]),
+        "id": np.array([re.sub(r"\.np[yz]$", "", utterance.file, flags=re.IGNORECASE) for utterance in utterances]),
         "utterance": np.array([utterance.canonical for utterance in utterances]),
         "classes": np.array(classes),
         # The calibration is in the parameters, see finish_fold; here it is undone.
@@ -1825,8 +1827,9 @@ def fusion_bytes(predictions: Predictions, statistics_digest: str) -> memoryview
         "fold": (fold + 1).astype(np.int32),
         "label": predictions.label,
         "speaker": np.array([utterance.speaker or "" for utterance in utterances]),
-        "statistics": np.array(statistics_digest),
     }
+    arrays |= {field: np.array([getattr(utterance, field) or "" for utterance in utterances]) for field in GROUPS}
+    arrays |= {name: np.array(digest) for name, digest in digests.items()}
     return stats.npz_bytes(arrays)
 
 
@@ -2568,6 +2571,10 @@ class Model(NamedTuple):
     def statistics(self) -> stats.Statistics:
         return stats.Statistics(self.ensemble.mean[0], self.ensemble.scale[0])
 
+    @property
+    def digests(self) -> dict[str, str]:
+        return {"statistics": self.ensemble.statistics_digest, "model": self.digest}
+
     def reject(self, frames) -> tuple[str, str] | None:
         """Code and reason if features, (T, D), are certainly not like those that the model was trained on."""
         if self.longest == 1 < len(frames):
@@ -2681,7 +2688,7 @@ def run_prediction(config: Config) -> int:
     if scored.utterances:
         metrics = evaluate_transfer(model, scored, notes)
         metrics |= left_out_report(scan) | provenance(config, package_versions(["numpy"]))
-    save_prediction(out, scan, predictions, model.ensemble.statistics_digest, metrics)
+    save_prediction(out, scan, predictions, model.digests, metrics)
     print_prediction(out, len(scan.findings), predictions, metrics, notes)
     return 1 if scan.findings else 0
 
@@ -2802,10 +2809,10 @@ def evaluate_transfer(model: Model, scored: Predictions, notes: list[str]) -> di
 
 
 def save_prediction(
-    out: Path, scan: check_data.Scan, predictions: Predictions, statistics_digest: str, metrics: dict | None
+    out: Path, scan: check_data.Scan, predictions: Predictions, digests: dict[str, str], metrics: dict | None
 ) -> None:
     """Write the files of a prediction, and remove the scores of an earlier one if there are none now."""
-    artifacts = {"skipped.csv": skipped_bytes(scan)} | prediction_files(predictions, statistics_digest)
+    artifacts = {"skipped.csv": skipped_bytes(scan)} | prediction_files(predictions, digests)
     if metrics:
         artifacts |= score_files(metrics)
     out.mkdir(parents=True, exist_ok=True)
@@ -2868,15 +2875,14 @@ def has_all_scores(metrics) -> bool:
 def has_all_answers(arrays) -> bool:
     """Whether fusion.npz has the answers for each utterance; any exception means the same as False."""
     rows, columns = arrays["logits"].shape
-    texts = [arrays[name] for name in ("classes", "utterance", "speaker")]
-    for array in texts:
-        array.tolist()  # fails for numbers that are no characters
     by_row = ("utterance", "speaker", "temperature", "label", "fold")
-    fits = all(arrays[name].shape == (rows,) for name in by_row) and arrays["classes"].shape == (columns,)
-    fits = fits and rows > 0 and all(array.dtype.kind == "U" for array in texts)
-    finite = np.isfinite(arrays["logits"]).all() and np.isfinite(arrays["temperature"]).all()
-    numbered = all(arrays[name].dtype.kind == "i" for name in ("label", "fold"))
-    return fits and finite and numbered and arrays["temperature"].min() > 0 and -2 < arrays["label"].max() < columns
+    whole = all(arrays[name].shape == (rows,) for name in by_row) and arrays["classes"].shape == (columns,)
+    for name in ("classes", "utterance", "speaker"):
+        # numpy itself fails with a SystemError at numbers that are no characters.
+        whole = whole and arrays[name].dtype.kind == "U" and arrays[name].view(np.uint32).max() <= sys.maxunicode
+    whole = whole and all(arrays[name].dtype.kind == "i" for name in ("label", "fold"))
+    whole = whole and np.isfinite(arrays["logits"]).all() and np.isfinite(arrays["temperature"]).all()
+    return whole and arrays["temperature"].min() > 0 and -2 < arrays["label"].min() <= arrays["label"].max() < columns
 
 
 class Aligned(NamedTuple):
