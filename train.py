@@ -903,12 +903,13 @@ def initial_state(static: StaticConfig, members: Member) -> State:
     """
     size, dim = members.mean.shape
     inputs = 2 * dim if static.groups else dim
-    batch = np.zeros((1, inputs), np.float32), np.zeros((1, static.config.width), np.float32)
-    shapes = jax.eval_shape(static.network.init, jax.random.key(0), *batch)["params"]
-    if static.groups:
-        shapes["query"] = jax.ShapeDtypeStruct((dim,), np.float32)
-    first_hyper = tree_map(lambda leaf: leaf[0], members.hyper)
-    optimizer_shapes = jax.eval_shape(build_optimizer(static.config, first_hyper, 0.0).init, shapes)
+
+    def initialise(hyper):
+        params = static.network.init(jax.random.key(0), jnp.zeros((1, inputs)), jnp.zeros((1, static.config.width)))
+        params = params["params"] | ({"query": jnp.zeros(dim)} if static.groups else {})
+        return params, build_optimizer(static.config, hyper, 0.0).init(params)
+
+    shapes, optimizer_shapes = jax.eval_shape(initialise, tree_map(lambda leaf: leaf[0], members.hyper))
 
     def zeros(leaf):
         return np.zeros((size, *leaf.shape), leaf.dtype)
@@ -1453,19 +1454,19 @@ def hidden_layers(members: Member, best, rows) -> Ensemble:
     return Ensemble(members.mean[rows], members.scale[rows], params)
 
 
-def finish_fold(dataset: Dataset, split: Split, fold: int, hidden: Ensemble):
-    """Add the linear part to the trained networks of a fold, and weigh both parts by the validation speakers.
+def finish_fold(dataset: Dataset, split: Split, fold: int, hidden: Ensemble, linear: list[tuple]):
+    """Add the linear parts to the trained networks of a fold, and weigh both by the validation speakers.
 
-    The linear part is the mean of two: one fitted to the training speakers of each seed, on which the choice by
-    validation speakers is based, and, after that, one that includes the validation speakers. With few speakers a model
-    cannot do without them; and the first, which differ between the seeds, gain more from their mean. Weights and
+    `linear` is from `fit_linear_parts`. The linear part is the mean of two: that of each seed, on which the choice by
+    validation speakers is based, and, after that, the one that includes the validation speakers. With few speakers a
+    model cannot do without them; and the first, which differ between the seeds, gain more from their mean. Weights and
     temperature are multiplied into the parameters, so that the logits of the ensemble are calibrated.
     """
-    parts, logits, linear_logits, label = [], [], [], []
+    *parts, refitted = linear
+    logits, linear_logits, label = [], [], []
     for seed, row in enumerate(split.members(fold)):
         model = hidden.of_seed(seed)
-        kernel, bias = fit_linear_part(dataset, split.train[row], model)
-        parts.append((kernel, bias))
+        kernel, bias = parts[seed]
         validation = np.flatnonzero(split.validation[row])
         linear_logits.append(model.normalise(dataset.x[validation]) @ kernel + bias[:, None])
         hidden_logits, _ = model.forward(dataset.features(validation))
@@ -1474,7 +1475,7 @@ def finish_fold(dataset: Dataset, split: Split, fold: int, hidden: Ensemble):
     weights = stats.fit_ensemble_weights(logits, linear_logits, label)
     first_kernel, first_bias = (np.stack(each)[:, weights.shrinkage] for each in zip(*parts))
     model = hidden.of_seed(0)
-    kernel, bias = (each[weights.shrinkage] for each in fit_linear_part(dataset, split.fold != fold, model))
+    kernel, bias = (each[weights.shrinkage] for each in refitted)
     # This part is the same for all seeds, but each of them normalises in its own way: change the coordinates,
     # (x - m0) / s0 = (z s + m - m0) / s0 for x = z s + m.
     bias = bias + model.normalise(hidden.mean) @ kernel  # (S, C)
@@ -1486,6 +1487,17 @@ def finish_fold(dataset: Dataset, split: Split, fold: int, hidden: Ensemble):
         for name in (f"{layer}/kernel", f"{layer}/bias"):
             params[name] = np.float32(params[name] * (weight / weights.temperature))
     return hidden._replace(params=params), weights
+
+
+def fit_linear_parts(dataset: Dataset, split: Split, members: Member, fold: int):
+    """A linear part for the training speakers of each seed, and last one that includes the validation speakers.
+
+    Each is in the normalisation of its seed, the last in that of the first seed. They need no trained network.
+    """
+    rows = split.members(fold)
+    models = Ensemble(members.mean[rows], members.scale[rows], {})
+    masks = [*split.train[rows], split.fold != fold]
+    return [fit_linear_part(dataset, mask, models.of_seed(seed)) for mask, seed in zip(masks, (*range(len(rows)), 0))]
 
 
 def fit_linear_part(dataset: Dataset, mask, model: Ensemble):
@@ -1574,26 +1586,26 @@ def train(experiment: Experiment, run: "RunFolder | None" = None) -> Trained:
     config, dataset, split, _ = experiment
     log.debug("laying out the data")
     static, data, members = set_up(experiment)
-    progress = train_population(static, data, members, split, run or RunFolder(None))
-    log.debug("finishing the models of each fold")
-    state = to_host(progress.state._replace(params=None, optimizer=None))
-    settings = draw_settings(config)
-    chosen, sweep = choose_settings(state.best_loss, split, settings)
-    # The rows of the population that are kept: those of the chosen setting of each fold.
-    rows = np.repeat(chosen, split.seeds) * len(split.train) + np.arange(len(split.train))
+    folds, fit_linear = range(split.folds + 1), partial(fit_linear_parts, dataset, split, members)
 
-    def finish(fold):
-        return finish_fold(dataset, split, fold, hidden_layers(members, state.best, rows[split.members(fold)]))
+    def finish(fold, linear):
+        hidden = hidden_layers(members, state.best, rows[split.members(fold)])
+        return finish_fold(dataset, split, fold, hidden, linear)
 
-    workers = min(available_cores(), 8)  # each holds a copy of its fold
-    with concurrent.futures.ThreadPoolExecutor(workers) as executor:
-        ensembles, weights = zip(*executor.map(finish, range(split.folds + 1)))
-    choices = []
-    for setting, chosen_weights in zip(chosen.tolist(), weights):
-        choice = chosen_weights._asdict() | {"shrinkage": stats.SHRINKAGES[chosen_weights.shrinkage]}
-        if sweep:
-            choice |= {"setting": setting + 1} | settings[setting]._asdict()
-        choices.append(choice)
+    executor = concurrent.futures.ThreadPoolExecutor(min(available_cores(), 8))  # each thread holds a copy of its fold
+    try:
+        linear = executor.map(fit_linear, folds)  # meanwhile the training program compiles
+        progress = train_population(static, data, members, split, run or RunFolder(None))
+        log.debug("finishing the models of each fold")
+        state = to_host(progress.state._replace(params=None, optimizer=None))
+        settings = draw_settings(config)
+        chosen, sweep = choose_settings(state.best_loss, split, settings)
+        # The rows of the population that are kept: those of the chosen setting of each fold.
+        rows = np.repeat(chosen, split.seeds) * len(split.train) + np.arange(len(split.train))
+        ensembles, weights = zip(*executor.map(finish, folds, linear))
+    finally:
+        executor.shutdown(cancel_futures=True)
+    choices = choices_by_fold(chosen, weights, settings)
     answers = answer_tests(dataset, split, ensembles, weights)
     if not np.isfinite(answers.logits).all():
         raise TrainingError(
@@ -1601,6 +1613,17 @@ def train(experiment: Experiment, run: "RunFolder | None" = None) -> Trained:
         )
     history = history_rows(progress.history, split)
     return Trained(ensembles, answers, state.best_epoch[rows], state.skipped[rows], history, choices, sweep)
+
+
+def choices_by_fold(chosen, weights, settings) -> list[dict]:
+    """What the validation speakers of each fold chose, by name; in a sweep with the setting."""
+    choices = []
+    for setting, chosen_weights in zip(chosen.tolist(), weights):
+        choice = chosen_weights._asdict() | {"shrinkage": stats.SHRINKAGES[chosen_weights.shrinkage]}
+        if len(settings) > 1:
+            choice |= {"setting": setting + 1} | settings[setting]._asdict()
+        choices.append(choice)
+    return choices
 
 
 def answer_tests(dataset: Dataset, split: Split, ensembles, weights) -> Answers:

@@ -826,6 +826,12 @@ def test_parameters_are_named_by_their_paths(jax_stack):
 # --- the linear part ---
 
 
+def finish_fold(population, dataset, fold, hidden):
+    """`train.finish_fold` with the linear parts for the same data."""
+    linear = train.fit_linear_parts(dataset, population.split, population.members, fold)
+    return train.finish_fold(dataset, population.split, fold, hidden, linear)
+
+
 def linear_logits(ensemble, seed, x):
     z = (x - ensemble.mean[seed]) / ensemble.scale[seed]
     return z @ ensemble.params["linear/kernel"][seed] + ensemble.params["linear/bias"][seed]
@@ -835,7 +841,7 @@ def linear_logits(ensemble, seed, x):
 def test_the_linear_part_is_the_mean_of_two_and_the_second_includes_the_validation_speakers(population, fold):
     dataset, split = population.dataset, population.split
     _, _, hidden = first_models(population, split.members(fold))
-    ensemble, weights = train.finish_fold(dataset, split, fold, hidden)
+    ensemble, weights = finish_fold(population, dataset, fold, hidden)
 
     def lda(mask, seed):
         """Logits of all utterances, for the chosen shrinkage."""
@@ -865,7 +871,7 @@ def test_the_weights_are_fitted_to_the_validation_utterances_of_each_seed(popula
         return stats.EnsembleWeights(3, 0.5, 2.0, 4.0)
 
     monkeypatch.setattr(stats, "fit_ensemble_weights", record)
-    ensemble, _ = train.finish_fold(dataset, split, 2, hidden)
+    ensemble, _ = finish_fold(population, dataset, 2, hidden)
     ((logits, linear, label),) = seen
     for seed, row in enumerate(split.members(2)):
         chosen, used = np.flatnonzero(split.validation[row]), split.train[row]
@@ -882,14 +888,14 @@ def test_the_weights_are_fitted_to_the_validation_utterances_of_each_seed(popula
 def test_test_speakers_never_touch_the_models_of_their_fold_and_validation_speakers_do(population):
     dataset, split = population.dataset, population.split
     _, _, hidden = first_models(population, split.members(0))
-    expected = train.finish_fold(dataset, split, 0, hidden)
+    expected = finish_fold(population, dataset, 0, hidden)
     x = dataset.x.copy()
     x[split.fold == 0] += 100
     label = np.where(split.fold == 0, 0, dataset.label)
-    population.assert_equal(train.finish_fold(dataset._replace(x=x, label=label), split, 0, hidden), expected)
+    population.assert_equal(finish_fold(population, dataset._replace(x=x, label=label), 0, hidden), expected)
     x = dataset.x.copy()
     x[split.validation[0]] += 1
-    other, _ = train.finish_fold(dataset._replace(x=x), split, 0, hidden)
+    other, _ = finish_fold(population, dataset._replace(x=x), 0, hidden)
     assert (other.params["linear/kernel"] != expected[0].params["linear/kernel"]).all()
 
 
