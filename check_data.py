@@ -771,9 +771,10 @@ def command_line(options: ScanOptions) -> str:
             words.append(flag)
         elif value != field.default:
             words += [f"{flag}={one}" for one in (value if isinstance(value, tuple) else (value,))]
-    if options.directory.startswith("-"):
+    directory = [] if options.directory is None else [options.directory]
+    if directory and options.directory.startswith("-"):
         words.append("--")
-    return shlex.join([*words, options.directory])
+    return shlex.join([*words, *directory])
 
 
 class Finding(NamedTuple):

@@ -1049,8 +1049,23 @@ def _best_weight(logits: list[np.ndarray], label: list[np.ndarray], weights: tup
 
 # --- fusion of several runs -----------------------------------------------------------------------------------------
 
+#: The lowest probability in a fusion: no run can exclude a class, however sure it is.
+MIN_PROBABILITY = 1e-12
 FUSION_SHARES = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)  # of a run that joins others
 FUSION_TEMPERATURES = tuple(1.1**step for step in range(-6, 4))  # to choose from: 0.56 to 1.33
+
+
+def complete_probabilities(probability: np.ndarray, known: np.ndarray) -> np.ndarray:
+    """Probabilities of R runs, (R, N, C), also of the classes that a run does not know.
+
+    Such a class takes the mean probability of the runs that know it, or chance where none does, and those that the run
+    knows share the rest: a run without a class speaks neither for nor against it. `known` has shape (R, N, C).
+    """
+    runs = known.sum(0)
+    consensus = np.where(runs > 0, (probability * known).sum(0) / np.maximum(runs, 1), 1 / probability.shape[-1])
+    outside = np.where(known, 0, consensus)
+    inside = 1 - outside.sum(-1, keepdims=True)
+    return np.where(known, probability * inside, outside)
 
 
 class FusionWeights(NamedTuple):
@@ -1060,21 +1075,21 @@ class FusionWeights(NamedTuple):
     temperature: float
 
 
-def fuse(log_probability: np.ndarray, known: np.ndarray, fusion: FusionWeights) -> tuple[np.ndarray, np.ndarray]:
-    """Late fusion: weighted means of the log-probabilities of R runs, (R, N, C), and a temperature for each, (N,).
+def fuse(probability: np.ndarray, present: np.ndarray, fusion: FusionWeights) -> tuple[np.ndarray, np.ndarray]:
+    """Late fusion: the weighted mean of the log-probabilities of R runs, (N, C), and the temperatures, (N,).
 
-    `known`, (R, N), is False where a run lacks an utterance: there the weights of the others are scaled to a sum of 1,
-    and the temperature, which is for all of them, is 1. Each run must be calibrated.
+    `probability`, (R, N, C), is that of calibrated runs. `present`, (R, N), is False where a run lacks an utterance:
+    there the weights of the others are scaled to a sum of 1, and the temperature, which is for all of them, is 1.
     """
     # Where only runs without weight have an utterance, they answer it with equal weights.
-    weights = known * np.maximum(fusion.weights, 1e-9)[:, None]
+    weights = present * np.maximum(fusion.weights, 1e-12)[:, None]
     weights = weights / weights.sum(0)
-    complete = known[fusion.weights > 0].all(0)
-    mean = np.einsum("rn,rnc->nc", weights, np.where(known[..., None], log_probability, 0))
+    complete = present[fusion.weights > 0].all(0)
+    mean = np.einsum("rn,rnc->nc", weights, np.log(np.maximum(probability, MIN_PROBABILITY)))
     return mean, np.where(complete, fusion.temperature, 1.0)
 
 
-def fit_fusion(log_probability: np.ndarray, known: np.ndarray, label: np.ndarray, speaker: np.ndarray) -> FusionWeights:
+def fit_fusion(probability: np.ndarray, present: np.ndarray, label: np.ndarray, speaker: np.ndarray) -> FusionWeights:
     """Choose the weights of R runs and the temperature by the class-balanced cross-entropy of their fusion.
 
     It starts from the best run. In each step another run joins, with the share and the temperature that give the lowest
@@ -1082,10 +1097,10 @@ def fit_fusion(log_probability: np.ndarray, known: np.ndarray, label: np.ndarray
     error (Breiman and others 1984): without it, runs without information and copies of a run would get a weight by
     chance, and the fusion would often be worse than its best run. One run alone keeps its calibration.
 
-    `log_probability` has shape (R, N, C), `known` (R, N); see `fuse`. `label`, (N,), is the class of each utterance and
+    `probability` has shape (R, N, C) and `present` (R, N), see `fuse`; `label`, (N,), is the class of each utterance,
     `speaker`, (N,), the name of its speaker.
     """
-    single, speaker = np.eye(len(log_probability)), numbered(speaker)
+    single, speaker = np.eye(len(probability)), numbered(speaker)
     count = np.bincount(label)
     share = 1 / (count[label] * (count > 0).sum())  # of an utterance in the class-balanced loss
 
@@ -1093,7 +1108,7 @@ def fit_fusion(log_probability: np.ndarray, known: np.ndarray, label: np.ndarray
         """The temperature with the lowest loss, and that loss by utterance."""
         candidates = []
         for temperature in FUSION_TEMPERATURES:
-            mean, temperatures = fuse(log_probability, known, fusion := FusionWeights(weights, temperature))
+            mean, temperatures = fuse(probability, present, fusion := FusionWeights(weights, temperature))
             logits = log_probabilities(mean / temperatures[:, None])
             candidates.append((-share * logits[np.arange(len(label)), label], fusion))
         return min(candidates, key=lambda candidate: candidate[0].sum())

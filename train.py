@@ -4,6 +4,7 @@
     python train.py DIR [--out RUN]
     python train.py DIR --predict RUN
     python train.py --compare RUN RUN...
+    python train.py --fuse RUN RUN... --out RUN
 
 A run scans DIR, packs the features, splits by speaker, trains all folds and the final model as one compiled program,
 answers for each test speaker with models that never saw that speaker, scores those answers, and writes RUN.
@@ -128,6 +129,12 @@ class Config(check_data.ScanOptions):
     predict: str | None = option(None, "label DIR, or a single file, with the model in this results folder", "output")
     new_speakers: bool = option(False, "score speakers that may be new to the model, unless their names tell", "output")
     compare: tuple[str, ...] = option((), "compare the scores of these results folders", "output", metavar="RUN")
+    fuse: tuple[str, ...] = option(
+        (),
+        "fuse the answers of these results folders; with --predict, those of a fusion's runs",
+        "output",
+        metavar="RUN",
+    )
     format: str = option("terminal", "form of the tables of --compare", "output", FORMATS)
     seeds: int = option(5, "models per fold, each with other validation speakers; their logits are averaged", "split")
     seed: int = option(0, "random seed", "split")
@@ -153,12 +160,18 @@ class Config(check_data.ScanOptions):
         super().__post_init__()
         for name in ("out", "predict"):
             require(getattr(self, name) != "", name, "non-empty")
-        object.__setattr__(self, "compare", tuple(self.compare))
-        if self.compare and self.directory is not None:
-            raise UsageError(f"--compare takes results folders, and no DIR ({self.directory})")
-        if self.directory is None and not self.compare:
+        for name in ("compare", "fuse"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+            require(len(getattr(self, name)) != 1, name, "followed by two or more folders")
+        inputs = {"DIR": self.directory, "--compare": self.compare, "--fuse": self.fuse}
+        given = [name for name, value in inputs.items() if value]
+        if not given:
             raise UsageError("DIR is missing: the folder with the features; see --help")
-        require(len(self.compare) != 1, "compare", "followed by two or more results folders")
+        if len(given) > 1:
+            values = f" ({self.directory})" if self.directory else ""
+            raise UsageError(f"use only one of {' and '.join(given)}{values}")
+        if self.fuse and self.out is None:
+            raise UsageError("--fuse needs --out, the folder for its results")
         for name in ("seeds", "epochs", "patience", "batch", "width", "sweep"):
             require(1 <= getattr(self, name) <= MAX_NUMBER, name, f"from 1 to {MAX_NUMBER}")
         require(self.seeds * self.width <= MAX_UNITS, "width", f"at most {MAX_UNITS} / --seeds")
@@ -179,6 +192,7 @@ examples:
   python train.py DIR --folds emobox-ravdess   with the folds of a publication
   python train.py NEW --predict RUN            label other files with a model
   python train.py --compare RUN RUN            compare the scores of finished runs
+  python train.py --fuse RUN RUN --out FUSED   fuse their answers, with weights
 
 exit status: 0 done; 1 the run failed, or --predict left files out; 2 wrong usage,
 or nothing to work on; 130, 143, 129 ended by Ctrl-C, SIGTERM or SIGHUP: the same
@@ -199,6 +213,10 @@ def log_unused(config: Config, reason: str, names: Iterable[str]) -> None:
         log.info(f"note: no effect {reason}: {', '.join(map(check_data.option_flag, changed))}")
 
 
+def all_options_but(*names: str) -> list[str]:
+    return [field.name for field in dataclasses.fields(Config)[1:] if field.name not in names]
+
+
 def set_options(config: Config) -> dict:
     """The options that are set."""
     options = dataclasses.asdict(config).items()
@@ -210,6 +228,7 @@ def set_options(config: Config) -> dict:
 
 def run_training(config: Config) -> int:
     log_unused(config, "without --predict", ["new_speakers"])
+    log_unused(config, "without --compare", ["format"])
     directory = check_data.require_folder(config.directory)
     path = Path(config.out or Path("runs") / (directory.resolve().name or "data"))
     check_output_folder(path, directory)
@@ -1851,7 +1870,8 @@ def fusion_bytes(predictions: Predictions, digests: dict[str, str]) -> memoryvie
         "label": predictions.label,
         "speaker": np.array([utterance.speaker or "" for utterance in utterances]),
     }
-    arrays |= {field: np.array([getattr(utterance, field) or "" for utterance in utterances]) for field in GROUPS}
+    for field in (*GROUPS, "version"):
+        arrays[field] = np.array([getattr(utterance, field) or "" for utterance in utterances])
     arrays |= {name: np.array(digest) for name, digest in digests.items()}
     return stats.npz_bytes(arrays)
 
@@ -1912,6 +1932,8 @@ def report_heading(metrics) -> tuple[str, str]:
         method = f"{folds}-fold cross-validation, NOT speaker-independent"
     if not scheme.isdecimal() and scheme != TRANSFER:
         method += f" ({scheme})"
+    if "fused" in metrics:
+        method += f", fusion of {len(metrics['fused'])} runs"
     speakers = check_data.counted(metrics["n_speakers"], "speaker")
     return method, f"{metrics['n_utterances']} utterances, {speakers}, {classes} classes"
 
@@ -2082,7 +2104,8 @@ $body
 def report_html(metrics) -> bytes:
     """Everything as a page that needs no other file, no script and no network."""
     metrics = without_folders(metrics)
-    title = f"Speech emotion recognition: {metrics['settings'].get('directory', 'report')}"
+    subject = metrics["settings"].get("directory") or " and ".join(metrics.get("fused", ["report"]))
+    title = f"Speech emotion recognition: {subject}"
     method, size = report_heading(metrics)
     body = [f"<h1>{escape(title)}</h1><p>{escape(method)}</p><p><small>{escape(size)}</small></p>"]
     if not metrics["speaker_independent"]:
@@ -2136,7 +2159,8 @@ def listed(values) -> str:
 
 def without_folders(metrics):
     """The metrics without the folders of this machine: the page may be passed on."""
-    paths = [path for path in metrics["settings"].values() if isinstance(path, str) and os.path.isabs(path)]
+    values = [value if isinstance(value, (list, tuple)) else [value] for value in metrics["settings"].values()]
+    paths = [path for path in itertools.chain(*values) if isinstance(path, str) and os.path.isabs(path)]
     paths += [path.replace("'", "'\"'\"'") for path in paths]  # as the shell's quotes have it in the command
     text = json.dumps(metrics)
     for path in sorted(paths, key=len, reverse=True):
@@ -2490,6 +2514,7 @@ def run_identity(experiment: Experiment, fingerprint: str) -> dict:
         "predict",
         "new_speakers",
         "compare",
+        "fuse",
         "format",
         "fresh",
         "no_compile_cache",
@@ -2648,6 +2673,9 @@ def read_description(path: Path) -> Model:
         config = json.loads(blob)
         if config.get("format") != ARTIFACT_VERSION:
             raise stats.DataError("other-version", "it was made by another version of train.py; train again")
+        if "fusion" in config:
+            advice = "use --predict with each of its runs, then --fuse with the folders of both and --predict with this"
+            raise stats.DataError("fusion", f"it is a fusion of runs; {advice}")
         given = config | {"merge": config["options"]["merge"], "digest": config["model"]}
         kinds = Model.__annotations__.items()
         model = Model(**{name: kind(given[name]) for name, kind in kinds if name != "ensemble"})
@@ -2863,22 +2891,26 @@ def print_prediction(out: Path, left_out: int, predictions: Predictions, metrics
 
 
 class Results(NamedTuple):
-    """The name of a finished run, its metrics.json, and the arrays of its fusion.npz."""
+    """The name of a folder, its metrics.json, and the arrays of its fusion.npz."""
 
     name: str
     metrics: dict
     arrays: dict[str, np.ndarray]
 
 
-def load_results(run: Path) -> Results:
-    """Read the results of a finished run; a UsageError names what is missing, damaged, or of another program."""
+def load_results(run: Path, scored: bool = True) -> Results:
+    """Read the results of a finished run, or those of --predict, which may have no metrics.json.
+
+    A UsageError names what is missing, damaged, or of another program.
+    """
     require_finished(run)
     try:
-        metrics = json.loads(stats.read_bytes(run / "metrics.json", MAX_DESCRIPTION))
+        metrics = json.loads(stats.read_bytes(run / "metrics.json", MAX_DESCRIPTION)) if scored else {}
         arrays = check_data.read_arrays(run / "fusion.npz", kinds="fiU")
-        whole = has_all_scores(metrics) and has_all_answers(arrays)
+        whole = has_all_answers(arrays) and (not scored or has_all_scores(metrics))
     except stats.DataError as error:
-        raise UsageError(f"{run} holds no results of a finished run: {error}") from None
+        kind = "results of a finished run" if scored else "predictions"
+        raise UsageError(f"{run} holds no {kind}: {error}") from None
     except (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError):
         whole = False
     if not whole:
@@ -2898,11 +2930,17 @@ def has_all_scores(metrics) -> bool:
 def has_all_answers(arrays) -> bool:
     """Whether fusion.npz has the answers for each utterance; any exception means the same as False."""
     rows, columns = arrays["logits"].shape
-    by_row = ("utterance", "speaker", "temperature", "label", "fold")
+    texts = ("id", "utterance", "speaker", *GROUPS, "version")
+    by_row = (*texts, "temperature", "label", "fold")
     whole = all(arrays[name].shape == (rows,) for name in by_row) and arrays["classes"].shape == (columns,)
-    for name in ("classes", "utterance", "speaker"):
+    whole = whole and arrays["model"].shape == ()
+    for name in ("classes", "model", *texts):
         # numpy itself fails with a SystemError at numbers that are no characters.
-        whole = whole and arrays[name].dtype.kind == "U" and arrays[name].view(np.uint32).max() <= sys.maxunicode
+        whole = (
+            whole
+            and arrays[name].dtype.kind == "U"
+            and np.atleast_1d(arrays[name]).view(np.uint32).max() <= sys.maxunicode
+        )
     whole = whole and all(arrays[name].dtype.kind == "i" for name in ("label", "fold"))
     whole = whole and np.isfinite(arrays["logits"]).all() and np.isfinite(arrays["temperature"]).all()
     return whole and arrays["temperature"].min() > 0 and -2 < arrays["label"].min() <= arrays["label"].max() < columns
@@ -2919,14 +2957,15 @@ class Aligned(NamedTuple):
     classes: tuple[str, ...]
     probability: np.ndarray  # (R, N, C); 0 where it is not known
     known: np.ndarray  # (R, N, C), bool: whether the run has the utterance and the class
+    row: np.ndarray  # (R, N), of the utterance in the arrays of the run; -1 if the run lacks it
     label: np.ndarray  # (R, N), index of the class; -1 if unknown
     speaker: np.ndarray  # (R, N), text; empty if unknown
     fold: np.ndarray  # (R, N), from 1; 0 if there is none
 
     @property
-    def has(self) -> np.ndarray:
+    def present(self) -> np.ndarray:
         """Whether a run has an utterance, shape (R, N)."""
-        return self.known.any(2)
+        return self.row >= 0
 
 
 def align(runs: list[Results]) -> Aligned:
@@ -2937,24 +2976,24 @@ def align(runs: list[Results]) -> Aligned:
     shape = len(runs), len(utterance)
     probability = np.zeros((*shape, len(classes)))
     known = np.zeros(probability.shape, bool)
-    label, fold, speaker = np.full(shape, -1), np.zeros(shape, int), np.full(shape, "", object)
+    row, label, fold, speaker = np.full(shape, -1), np.full(shape, -1), np.zeros(shape, int), np.full(shape, "", object)
     for number, run in enumerate(runs):
         arrays, column = run.arrays, np.array([classes.index(name) for name in names[number]])
-        row = np.searchsorted(utterance, arrays["utterance"])
+        place = np.searchsorted(utterance, arrays["utterance"])
         answers = stats.probabilities(arrays["logits"] / arrays["temperature"].astype(float)[:, None])
-        np.add.at(probability[number], (row[:, None], column), answers)
-        known[number][np.ix_(row, column)] = True
-        label[number, row] = np.where(arrays["label"] >= 0, column[arrays["label"]], -1)
-        fold[number, row], speaker[number, row] = arrays["fold"], arrays["speaker"].tolist()
+        np.add.at(probability[number], (place[:, None], column), answers)
+        known[number][np.ix_(place, column)] = True
+        row[number, place] = np.arange(len(place))
+        label[number, place] = np.where(arrays["label"] >= 0, column[arrays["label"]], -1)
+        fold[number, place], speaker[number, place] = arrays["fold"], arrays["speaker"].tolist()
     files = probability.sum(-1, keepdims=True)
     probability = probability / np.where(files > 0, files, 1)
-    return Aligned(utterance, tuple(classes), probability, known, label, speaker, fold)
+    return Aligned(utterance, tuple(classes), probability, known, row, label, speaker, fold)
 
 
 def run_comparison(config: Config) -> int:
     """Print the scores of some runs, and the differences of each from the first one on the utterances of both."""
-    unused = [field.name for field in dataclasses.fields(config)[1:] if field.name not in ("compare", "format")]
-    log_unused(config, "with --compare", unused)
+    log_unused(config, "with --compare", all_options_but("compare", "format"))
     first, *others = [load_results(Path(name)) for name in config.compare]
     scores = [run_scores(run) for run in (first, *others)]
     differences, notes = [], []
@@ -3005,11 +3044,11 @@ def comparison_notes(first: Results, other: Results, aligned: Aligned) -> list[s
     def add(kind: str, details: Iterable) -> None:
         notes.append(f"{kind}: " + "; ".join(f"{name} has {detail}" for name, detail in zip(names, details)))
 
-    has_class, shared = aligned.known.any(1), aligned.has.all(0)
+    has_class, shared = aligned.known.any(1), aligned.present.all(0)
     if not has_class.all():
         add("CLASSES DIFFER", [" ".join(itertools.compress(aligned.classes, row)) for row in has_class])
     if not shared.all():
-        add("UTTERANCES DIFFER", [f"{row.sum()}, {shared.sum()} of them in both" for row in aligned.has])
+        add("UTTERANCES DIFFER", [f"{row.sum()}, {shared.sum()} of them in both" for row in aligned.present])
     label, other_label = aligned.label[:, shared]
     if contradicting := int(((label != other_label) & (np.minimum(label, other_label) >= 0)).sum()):
         notes.append(f"LABELS DIFFER: {contradicting} utterances of {first.name} have other labels in {other.name}")
@@ -3023,6 +3062,260 @@ def comparison_notes(first: Results, other: Results, aligned: Aligned) -> list[s
     if adaptation[0] != adaptation[1]:
         add("ADAPTATION DIFFERS", adaptation)
     return notes
+
+
+class FusedUtterance(NamedTuple):
+    """What fusion.npz has of an utterance, with the names of `emotions.Utterance`."""
+
+    file: str
+    canonical: str
+    recording: str
+    emotion: str | None
+    speaker: str | None
+    corpus: str
+    gender: str | None
+    intensity: str | None
+    version: str | None
+
+
+class Fusion(NamedTuple):
+    """A fusion of R runs, as its config.json describes it; the names are those of Model where both have a field."""
+
+    classes: tuple[str, ...]
+    corpora: tuple[str, ...]  # of the training data of all runs
+    speakers: tuple[str, ...]
+    runs: tuple[str, ...]  # folders
+    models: tuple[str, ...]  # SHA-256 of the model.npz of each run
+    weights: tuple[float, ...]
+    temperature: float
+
+    is_unseen_speaker = Model.is_unseen_speaker
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """As those of a model; a fusion has no statistics."""
+        text = json.dumps([self.classes, self.models, self.weights, self.temperature])
+        return {"statistics": "", "model": hashlib.sha256(text.encode()).hexdigest()}
+
+    @property
+    def chosen(self) -> stats.FusionWeights:
+        return stats.FusionWeights(np.array(self.weights), self.temperature)
+
+
+def run_fusion(config: Config) -> int:
+    """Fuse the out-of-fold answers of some runs, and save and show the results like those of a run."""
+    log_unused(config, "with --fuse", all_options_but("fuse", "out"))
+    runs, out = [load_results(Path(name)) for name in config.fuse], Path(config.out)
+    check_fusion_folder(out, runs)
+    predictions, weights, metrics = fuse_runs(runs)
+    fusion = describe_fusion(runs, predictions.classes, weights)
+    metrics |= {"fused": list(fusion.runs), "weights": list(fusion.weights)}
+    metrics |= provenance(config, package_versions(["numpy"]))
+    description = {"format": ARTIFACT_VERSION, "version": check_data.VERSION, "fusion": fusion._asdict()}
+    description |= {"model": fusion.digests["model"], "options": dataclasses.asdict(config)}
+    files = {"config.json": stats.json_bytes(description)} | prediction_files(predictions, fusion.digests)
+    with RunFolder(out):
+        stats.write_files(out, files | score_files(metrics))
+    sys.stdout.write(report_text(metrics, out / "report.html", sys.stdout))
+    return 0
+
+
+def fuse_runs(runs: list[Results]) -> tuple[Predictions, stats.FusionWeights, dict]:
+    """Fuse the answers of some runs for their test speakers: the answers, the final weights, and the scores.
+
+    The weights for the utterances of a fold are chosen on those of all other folds, so that nothing of a fold has a
+    part in its own weights. The final ones are chosen on all of them.
+    """
+    aligned, names = align(runs), [run.name for run in runs]
+    label, speaker = agree(aligned, aligned.label, -1, names), agree(aligned, aligned.speaker, "", names)
+    independent = all(run.metrics.get("speaker_independent") for run in runs)
+    # Where speakers are not known, each utterance counts as its own.
+    group = np.where(independent & (speaker != ""), speaker, aligned.utterance)
+    fold = common_folds(aligned, group, names)
+    probability, present = stats.complete_probabilities(aligned.probability, aligned.known), aligned.present
+
+    def fit(chosen) -> stats.FusionWeights:
+        return stats.fit_fusion(probability[:, chosen], present[:, chosen], label[chosen], group[chosen])
+
+    final, logits, temperature, folds = fit(fold >= 0), np.zeros(probability.shape[1:]), np.ones(len(fold)), []
+    for number in range(fold.max() + 1):
+        tested = fold == number
+        weights = fit(~tested)
+        mean, temperature[tested] = stats.fuse(probability[:, tested], present[:, tested], weights)
+        logits[tested] = mean / temperature[tested, None]
+        tests = {"fold": number + 1, "test": sorted(set(group[tested])), "n_test": int(tested.sum())}
+        folds.append(tests | {"weights": weights.weights.tolist(), "temperature": weights.temperature})
+    answers = Answers(logits, temperature, np.zeros((len(fold), 0)))  # a fusion has no hidden layers
+    utterances = fused_utterances(runs, aligned, label, speaker)
+    predictions = Predictions(utterances, aligned.classes, answers, fold, group)
+    schemes = list(dict.fromkeys(run.metrics["fold_scheme"] for run in runs))
+    notes = fusion_notes(names, aligned, final)
+    metrics = evaluate(predictions, ", ".join(schemes), independent, "those of the fused runs", notes)
+    metrics["folds"] = [details | scores for details, scores in zip(folds, metrics["folds"])]
+    return predictions, final, metrics
+
+
+def agree(aligned: Aligned, values: np.ndarray, missing, names: list[str]) -> np.ndarray:
+    """The label or speaker of each utterance, (N,), on which all runs that know it must agree; `values` are (R, N)."""
+    found = values.max(0)  # the missing value is the smallest
+    different = (values != found) & (values != missing)
+    if different.any():
+        row, place = np.argwhere(different)[0]
+        other = int(np.argmax(values[:, place] == found[place]))
+        shown = [aligned.classes[value] if missing == -1 else value for value in (values[row, place], found[place])]
+        details = f"{shown[0]} in {names[row]}, {shown[1]} in {names[other]}"
+        count = check_data.counted(int(different.any(0).sum()), "utterance")
+        raise UsageError(
+            f"{count} have another label or speaker in another run: {aligned.utterance[place]} is {details}"
+        )
+    return found
+
+
+def common_folds(aligned: Aligned, group: np.ndarray, names: list[str]) -> np.ndarray:
+    """The fold that tests each utterance, from 0, shape (N,); `group`, (N,), is its speaker.
+
+    The folds of all runs must divide the speakers alike, however they are numbered: then no run has trained on a test
+    speaker of a fold. The numbers are those of the first run; a fold that has no speaker in common with the runs before
+    it gets a new one. A UsageError names a speaker who is on different sides.
+    """
+    common: dict[str, int] = {}  # fold by speaker
+    for fold, name in zip(aligned.fold, names):
+        tested = fold > 0
+        if len(set(fold[tested])) < 2:
+            raise UsageError(f"{name} has fewer than two folds; the weights of a fold are chosen on the others")
+        members = sorted(set(zip(group[tested], fold[tested].tolist())))
+        number_of = {} if common else {own: own - 1 for _, own in members}
+        own_of: dict[int, int] = {}
+        for speaker, own in members:
+            number = common.get(speaker, -1)
+            known = number >= 0
+            if known and (number_of.setdefault(own, number) != number or own_of.setdefault(number, own) != own):
+                advice = "train both with the same --folds and --seed, or with --folds table"
+                raise UsageError(f"{speaker} is tested with other speakers in {name} than in {names[0]}; {advice}")
+        for speaker, own in members:
+            if own not in number_of:
+                number_of[own] = max([*common.values(), *number_of.values()], default=-1) + 1
+            if common.setdefault(speaker, number_of[own]) != number_of[own]:
+                raise UsageError(f"{name} tests {speaker} in several folds")
+    return np.array([common[speaker] for speaker in group])
+
+
+def fused_utterances(runs: list[Results], aligned: Aligned, label: np.ndarray, speaker: np.ndarray):
+    """The utterances of a fusion; all but label and speaker is from the first run that has them."""
+    utterances, first = [], aligned.present.argmax(0)
+    for place, name in enumerate(aligned.utterance.tolist()):
+        arrays, row = runs[first[place]].arrays, aligned.row[first[place], place]
+        file, *fields = (str(arrays[field][row]) or None for field in ("id", *GROUPS, "version"))
+        emotion = aligned.classes[label[place]] if label[place] >= 0 else None
+        utterances.append(FusedUtterance(file, name, name, emotion, speaker[place] or None, *fields))
+    return utterances
+
+
+def fusion_notes(names: list[str], aligned: Aligned, weights: stats.FusionWeights) -> list[str]:
+    """Notes on the weights, and on utterances and classes that some of the runs lack."""
+    shares = ", ".join(f"{name} {weight:.2f}" for name, weight in zip(names, weights.weights))
+    notes = [f"weights for new files: {shares}; those of each fold were chosen on the other folds"]
+    total = len(aligned.utterance)
+    for name, present, known in zip(names, aligned.present, aligned.known.any(1)):
+        if missing := total - int(present.sum()):
+            notes.append(f"{name} lacks {missing} of {total} utterances; the others answer them")
+        if not known.all():
+            notes.append(f"{name} does not know {', '.join(itertools.compress(aligned.classes, ~known))}")
+    return notes
+
+
+def describe_fusion(runs: list[Results], classes: tuple[str, ...], weights: stats.FusionWeights) -> Fusion:
+    """The fusion of some runs, with the speakers and the corpora of their config.json."""
+    models, origins = tuple(str(run.arrays["model"]) for run in runs), {"corpora": set(), "speakers": set()}
+    for run, model in zip(runs, models):
+        config = read_json(Path(run.name) / "config.json", MAX_DESCRIPTION)
+        source = config.get("fusion", config)  # a run may be a fusion of others
+        for name, found in origins.items():
+            texts = source.get(name) if config.get("model") == model else None
+            if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+                raise UsageError(f"{run.name}: config.json is damaged, or not of the same run as fusion.npz")
+            found.update(texts)
+    corpora, speakers = (tuple(sorted(found)) for found in origins.values())
+    names = tuple(run.name for run in runs)
+    return Fusion(classes, corpora, speakers, names, models, tuple(weights.weights.tolist()), weights.temperature)
+
+
+def check_fusion_folder(out: Path, runs: list[Results]) -> None:
+    """Keep the results of a fusion away from those of its runs, from other runs, and from files of other programs."""
+    folders = [os.path.realpath(run.name) for run in runs]
+    models = [str(run.arrays["model"]) for run in runs]
+    for number, run in enumerate(runs):
+        if models[number] in models[:number] or folders[number] in folders[:number]:
+            raise UsageError(f"{run.name} is the same run as one before it")
+    description = read_json(out / "config.json", MAX_DESCRIPTION)
+    if os.path.realpath(out) in folders or (description and "fusion" not in description):
+        raise UsageError(f"{out} holds the results of another run; choose another --out")
+    check_folder(out, Path(runs[0].name), (*PREDICTIONS, *RUN_FILES), is_ours="fusion" in description)
+
+
+def load_fusion(run: Path) -> Fusion:
+    """Read the config.json of a fusion; a UsageError is raised if it is of something else, or damaged."""
+    require_finished(run)
+    description = read_json(run / "config.json", MAX_DESCRIPTION)
+    if "fusion" not in description:
+        raise UsageError(f"{run} holds no fusion of runs, as --fuse RUN RUN... --out {run} makes it")
+    if description.get("format") != ARTIFACT_VERSION:
+        raise UsageError(f"{run} was made by another version of train.py; fuse the runs again")
+    try:
+        fusion = Fusion(**description["fusion"])
+        fusion = Fusion(*(tuple(field) for field in fusion[:-1]), float(fusion.temperature))
+        texts = [text for field in fusion[:-2] for text in field]
+        whole = all(isinstance(text, str) for text in texts) and len(set(fusion.classes)) == len(fusion.classes) > 1
+        whole = whole and len(fusion.runs) == len(fusion.models) == len(fusion.weights) > 1
+        whole = whole and min(fusion.weights) >= 0 < fusion.temperature < math.inf and 0 < sum(fusion.weights) < 2
+        whole = whole and description["model"] == fusion.digests["model"]
+    except (LookupError, TypeError, ValueError, AttributeError, OverflowError, RecursionError):
+        whole = False
+    if not whole:
+        raise UsageError(f"{run}: config.json is damaged")
+    return fusion
+
+
+def fuse_predictions(config: Config) -> int:
+    """Fuse what the runs of a fusion have predicted for other files; a folder of --predict for each of them."""
+    log_unused(config, "with --fuse", all_options_but("fuse", "out", "predict", "new_speakers"))
+    fusion, out = load_fusion(Path(config.predict)), Path(config.out)
+    found = [load_results(Path(name), scored=False) for name in config.fuse]
+    by_model = {str(one.arrays["model"]): one for one in found}
+    for one in found:
+        if str(one.arrays["model"]) not in fusion.models or one.arrays["fold"].any():
+            raise UsageError(f"{one.name} holds no predictions of a run that is fused: {', '.join(fusion.runs)}")
+    for run, model in zip(fusion.runs, fusion.models):
+        if model not in by_model:
+            raise UsageError(f"no folder holds predictions of {run}; label the files with --predict {run} first")
+    if len(by_model) < len(found):
+        raise UsageError("two of the folders hold predictions of the same run")
+    ordered = [by_model[model] for model in fusion.models]
+    if os.path.realpath(out) in map(os.path.realpath, config.fuse):
+        raise UsageError(f"--out {out} is one of the folders that are fused; choose another")
+    check_prediction_folder(out, Path(config.predict), Path(config.predict))
+    predictions = fused_predictions(ordered, fusion)
+    empty = check_data.Scan(out)
+    scored, notes = choose_scored(config, fusion, predictions)
+    metrics = None
+    if scored.utterances:
+        metrics = evaluate_transfer(fusion, scored, notes) | {"fused": list(fusion.runs)}
+        metrics |= provenance(config, package_versions(["numpy"]))
+    save_prediction(out, empty, predictions, fusion.digests, metrics)
+    print_prediction(out, 0, predictions, metrics, notes)
+    return 0
+
+
+def fused_predictions(runs: list[Results], fusion: Fusion) -> Predictions:
+    """The answers of a fusion for the files that its runs have labelled."""
+    aligned, names = align(runs), [run.name for run in runs]
+    label, speaker = agree(aligned, aligned.label, -1, names), agree(aligned, aligned.speaker, "", names)
+    probability = stats.complete_probabilities(aligned.probability, aligned.known)
+    mean, temperature = stats.fuse(probability, aligned.present, fusion.chosen)
+    answers = Answers(mean / temperature[:, None], temperature, np.zeros((len(mean), 0)))
+    utterances = fused_utterances(runs, aligned, label, speaker)
+    group = np.where(speaker != "", speaker, aligned.utterance)
+    return Predictions(utterances, aligned.classes, answers, np.full(len(mean), -1), group)
 
 
 def score_cells(scores: list[dict]) -> list[list[str]]:
@@ -3241,6 +3534,8 @@ def main(arguments=None) -> int:
         config = parse_config(arguments)
         if config.compare:
             status = run_comparison(config)
+        elif config.fuse:
+            status = run_fusion(config) if config.predict is None else fuse_predictions(config)
         else:
             status = run_training(config) if config.predict is None else run_prediction(config)
         sys.stdout.flush()

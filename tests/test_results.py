@@ -1,4 +1,4 @@
-"""Several runs: their comparison."""
+"""Several runs: their comparison and their fusion."""
 
 import dataclasses
 import json
@@ -19,7 +19,7 @@ SPEAKERS = range(1, 9)
 
 
 def utterances_of(classes=tuple(CODES), speakers=SPEAKERS, prefix="03-01"):
-    """Twelve or fewer utterances of each speaker, as RAVDESS names them."""
+    """Twelve or fewer utterances of each speaker, as RAVDESS names them, in the order of a fusion."""
     names = [
         f"{prefix}-{CODES[name]}-01-{sentence}-{take}-{speaker:02d}.npz"
         for speaker in speakers
@@ -27,7 +27,7 @@ def utterances_of(classes=tuple(CODES), speakers=SPEAKERS, prefix="03-01"):
         for sentence in ("01", "02")
         for take in ("01", "02")
     ]
-    return emotions.parse_names(sorted(names), "ravdess")
+    return sorted(emotions.parse_names(names, "ravdess"), key=lambda utterance: utterance.canonical)
 
 
 def write_results(folder, skill=1.0, seed=0, utterances=None, classes=tuple(CODES), **changed):
@@ -43,8 +43,21 @@ def write_results(folder, skill=1.0, seed=0, utterances=None, classes=tuple(CODE
     predictions = train.Predictions(utterances, classes, answers, fold, speaker)
     metrics = train.evaluate(predictions, "4", True, "of the training speakers", []) | changed
     folder.mkdir()
-    files = train.prediction_files(predictions, {"model": f"{folder.name}'s", "statistics": "s"})
-    stats.write_files(folder, files | {"metrics.json": stats.json_bytes(metrics)})
+    model = f"SHA-256 of {folder.name}"
+    config = {"model": model, "speakers": sorted({*speaker.tolist()}), "corpora": ["ravdess"]}
+    files = train.prediction_files(predictions, {"model": model, "statistics": "s"})
+    files |= {"metrics.json": stats.json_bytes(metrics), "config.json": stats.json_bytes(config)}
+    stats.write_files(folder, files)
+    return folder
+
+
+def write_predictions(folder, run, utterances, **options):
+    """What --predict writes for these utterances with the model of a run."""
+    write_results(folder, utterances=utterances, **options)
+    with np.load(run / "fusion.npz") as file:
+        change_arrays(folder, model=file["model"], fold=np.zeros(len(utterances), np.int32))
+    for name in ("metrics.json", "config.json"):
+        (folder / name).unlink()
     return folder
 
 
@@ -224,8 +237,8 @@ def refusal(caplog, *arguments):
 
 
 def test_comparing_takes_two_folders_and_no_dir(two, caplog):
-    assert refusal(caplog, "--compare", two[0]) == "--compare must be followed by two or more results folders"
-    assert "takes results folders, and no DIR (data)" in refusal(caplog, "data", "--compare", *two)
+    assert refusal(caplog, "--compare", two[0]) == "--compare must be followed by two or more folders"
+    assert refusal(caplog, "data", "--compare", *two) == "use only one of DIR and --compare (data)"
     assert refusal(caplog) == "DIR is missing: the folder with the features; see --help"
     assert refusal(caplog, "--compare", *two, "--format", "tex").startswith("--format must be one of")
 
@@ -296,3 +309,287 @@ def test_comparing_needs_no_jax(two):
     code = "import sys; sys.modules['jax'] = None; import train; sys.exit(train.main(sys.argv[1:]))"
     done = subprocess.run([sys.executable, "-c", code, "--compare", *two], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+# --- fusion ---
+
+
+def fuse(capsys, *folders, out, **options):
+    """What --fuse prints."""
+    flags = [text for name, value in options.items() for text in (f"--{name}", str(value))]
+    assert train.main(["--fuse", *map(str, folders), "--out", str(out), *flags]) == 0
+    return capsys.readouterr().out
+
+
+def metrics_of(run):
+    return json.loads((run / "metrics.json").read_text())
+
+
+def arrays_of(run):
+    with np.load(run / "fusion.npz") as file:
+        return dict(file)
+
+
+@pytest.fixture
+def fused(tmp_path, two, capsys):
+    """A fusion of two runs that are about equally good."""
+    other = write_results(tmp_path / "other", skill=2.2, seed=2)
+    fuse(capsys, two[0], other, out=tmp_path / "fused")
+    return tmp_path / "fused"
+
+
+def test_a_fusion_has_what_a_run_has(fused, two, capsys):
+    files = {"confusion.csv", "config.json", "fusion.npz", "lock", "metrics.json", "predictions.csv", "report.html"}
+    assert {path.name for path in fused.iterdir()} == files
+    metrics, arrays = metrics_of(fused), arrays_of(fused)
+    assert arrays.keys() == arrays_of(two[0]).keys()
+    for name, array in arrays_of(two[0]).items():
+        if name in (
+            "id",
+            "utterance",
+            "classes",
+            "label",
+            "speaker",
+            "fold",
+            "corpus",
+            "gender",
+            "intensity",
+            "version",
+        ):
+            np.testing.assert_array_equal(arrays[name], array)
+    assert (
+        metrics.keys() - {"fused", "weights", "settings", "command", "version", "versions"} == metrics_of(two[0]).keys()
+    )
+    assert metrics["groups"]["gender"]["male"]["n"] == 48
+    assert metrics["ua"] > max(metrics_of(run)["ua"] for run in two)
+    assert len(compare(capsys, two[0], fused)["runs"]) == 2
+
+
+def test_the_report_of_a_fusion_names_runs_and_weights_but_no_folders(fused, capsys):
+    page = (fused / "report.html").read_text()
+    assert "fusion of 2 runs" in page
+    assert re.search(r"weights for new files: good 0\.\d\d, other 0\.\d\d; those of each fold", page)
+    assert str(fused.parent) not in page
+
+
+def test_the_weights_of_a_fold_do_not_depend_on_its_answers(tmp_path, two, capsys):
+    other = write_results(tmp_path / "other", skill=2.2, seed=2)
+    fuse(capsys, two[0], other, out=tmp_path / "before")
+    arrays = arrays_of(other)
+    arrays["logits"][arrays["fold"] == 2] *= -9
+    change_arrays(other, logits=arrays["logits"])
+    fuse(capsys, two[0], other, out=tmp_path / "after")
+    before, after = (metrics_of(tmp_path / name)["folds"] for name in ("before", "after"))
+    same = [one["weights"] == other["weights"] for one, other in zip(before, after)]
+    assert same == [False, True, False, False]  # fold 2 alone
+    assert before[1]["test"] == after[1]["test"] == ["ravdess:01", "ravdess:05"]
+
+
+def test_a_shuffled_run_gets_no_weight(tmp_path, two, capsys):
+    noise = write_results(tmp_path / "noise", skill=0)
+    fuse(capsys, two[0], noise, out=tmp_path / "fused")
+    assert metrics_of(tmp_path / "fused")["weights"] == [1, 0]
+    np.testing.assert_allclose(
+        arrays_of(tmp_path / "fused")["probability"], arrays_of(two[0])["probability"], atol=1e-6
+    )
+
+
+def test_an_utterance_that_a_run_lacks_is_answered_by_the_others(tmp_path, two, capsys):
+    some = utterances_of()[::2]
+    other = write_results(tmp_path / "other", skill=2.2, seed=2, utterances=some)
+    printed = fuse(capsys, other, two[1], out=tmp_path / "fused")
+    found, poor = arrays_of(tmp_path / "fused"), arrays_of(two[1])
+    np.testing.assert_array_equal(found["utterance"], poor["utterance"])
+    lacking = ~np.isin(found["utterance"], arrays_of(other)["utterance"])
+    np.testing.assert_allclose(found["probability"][lacking], poor["probability"][lacking], atol=1e-6)
+    assert not np.allclose(found["probability"][~lacking], poor["probability"][~lacking], atol=1e-3)
+    assert "lacks 48 of 96 utterances; the others answer them" in " ".join(printed.split())
+
+
+def test_a_class_that_a_run_does_not_know_is_answered_by_the_others(tmp_path, two, capsys):
+    pair = ("angry", "happy")
+    other = write_results(tmp_path / "other", skill=3, seed=2, utterances=utterances_of(pair), classes=pair)
+    change_arrays(other, classes=np.array(["anger", "joy"]))
+    fuse(capsys, two[1], other, out=tmp_path / "fused")
+    metrics, alone = metrics_of(tmp_path / "fused"), metrics_of(two[1])
+    assert metrics["classes"] == ["happy", "sad", "angry"]
+    assert metrics["recall"]["sad"] > alone["recall"]["sad"] - 0.1
+    assert metrics["recall"]["happy"] > alone["recall"]["happy"] + 0.1
+    assert f"{other} does not know sad" in metrics["notes"]
+
+
+def test_folds_that_are_numbered_otherwise_are_those_of_the_first_run(tmp_path, two, capsys):
+    fuse(capsys, *two, out=tmp_path / "before")
+    change_arrays(two[1], fold=(5 - arrays_of(two[1])["fold"]).astype(np.int32))
+    fuse(capsys, *two, out=tmp_path / "after")
+    before, after = (arrays_of(tmp_path / name) for name in ("before", "after"))
+    np.testing.assert_array_equal(before["fold"], after["fold"])
+    np.testing.assert_array_equal(before["logits"], after["logits"])
+
+
+def test_speakers_of_one_run_alone_keep_their_folds(tmp_path, capsys):
+    """Three speakers are in both runs; the others are tested with those of their fold, or in one of their own."""
+    first = write_results(tmp_path / "first", utterances=utterances_of(speakers=range(1, 7)))
+    second = write_results(tmp_path / "second", utterances=utterances_of(speakers=range(4, 13)))
+    fuse(capsys, first, second, out=tmp_path / "fused")
+    found = arrays_of(tmp_path / "fused")
+    fold_of = dict(zip(found["speaker"].tolist(), found["fold"].tolist()))
+    assert len(fold_of) == 12
+    # No speaker of the last fold of the second run is in the first run.
+    assert {speaker[-2:] for speaker, fold in fold_of.items() if fold == 5} == {"07", "11"}
+    assert all(fold in (5, int(speaker[-2:]) % 4 + 1) for speaker, fold in fold_of.items())
+
+
+def test_a_fusion_is_a_run_that_can_be_fused_again(tmp_path, fused, two, capsys):
+    fuse(capsys, fused, two[1], out=tmp_path / "again")
+    assert metrics_of(tmp_path / "again")["fused"] == [str(fused), str(two[1])]
+    fuse(capsys, fused, two[1], out=tmp_path / "again")  # its own results may be replaced
+
+
+def test_runs_without_known_speakers_are_fused_by_utterance(tmp_path, two, capsys):
+    for run in two:
+        change_arrays(run, speaker=np.full(96, ""))
+        damaged(speaker_independent=False)(run)
+    assert "NOT speaker-independent" in fuse(capsys, *two, out=tmp_path / "fused")
+
+
+# --- fusion: predictions ---
+
+
+@pytest.fixture
+def predicted(tmp_path, two, capsys):
+    """Runs, their fusion, and predictions with each of them for the files of four new speakers."""
+    fuse(capsys, *two, out=tmp_path / "fused")
+    new = utterances_of(speakers=range(9, 13))
+    folders = [write_predictions(tmp_path / f"new{n}", run, new, seed=n, skill=2) for n, run in enumerate(two)]
+    return *two, tmp_path / "fused", *folders
+
+
+def test_a_fusion_labels_what_its_runs_have_labelled(tmp_path, predicted, capsys):
+    *_, fusion, first, second = predicted
+    printed = fuse(capsys, first, second, predict=fusion, out=tmp_path / "labelled")
+    assert "48 files labelled" in printed
+    found, weights = arrays_of(tmp_path / "labelled"), metrics_of(fusion)["weights"]
+    log_p = sum(weight * np.log(arrays_of(folder)["probability"]) for weight, folder in zip(weights, (first, second)))
+    np.testing.assert_allclose(found["probability"].argmax(1), log_p.argmax(1))
+    assert set(found["fold"]) == {0}
+    metrics = metrics_of(tmp_path / "labelled")
+    assert (metrics["n_utterances"], metrics["n_speakers"]) == (48, 4)
+    assert "transfer" in printed
+    # In any order of the folders.
+    fuse(capsys, second, first, predict=fusion, out=tmp_path / "swapped")
+    np.testing.assert_array_equal(arrays_of(tmp_path / "swapped")["logits"], found["logits"])
+
+
+def test_files_of_training_speakers_are_labelled_and_not_scored(tmp_path, predicted, capsys):
+    good, poor, fusion, *_ = predicted
+    seen = utterances_of(speakers=[3])
+    folders = [write_predictions(tmp_path / f"seen{n}", run, seen) for n, run in enumerate((good, poor))]
+    printed = fuse(capsys, *folders, predict=fusion, out=tmp_path / "labelled")
+    assert "12 files not scored: the speaker was in the training data" in printed
+    assert not (tmp_path / "labelled" / "metrics.json").exists()
+
+
+def test_predictions_of_the_wrong_models_are_refused(tmp_path, predicted, caplog):
+    good, poor, fusion, first, second = predicted
+    arguments = ("--predict", fusion, "--out", tmp_path / "labelled")
+    strange = write_predictions(tmp_path / "strange", poor, utterances_of())
+    change_arrays(strange, model=np.array("SHA-256 of another"))
+    assert f"{strange} holds no predictions of a run that is fused: {good}, {poor}" in refusal(
+        caplog, "--fuse", first, strange, *arguments
+    )
+    assert f"no folder holds predictions of {poor}; label the files with --predict {poor} first" in refusal(
+        caplog, "--fuse", first, first, *arguments
+    )
+    assert "two of the folders" in refusal(caplog, "--fuse", first, second, second, *arguments)
+    assert f"{good} holds no predictions" in refusal(caplog, "--fuse", good, second, *arguments)
+    assert "holds no fusion of runs" in refusal(caplog, "--fuse", first, second, "--predict", good, "--out", "x")
+    assert "it is a fusion of runs; use --predict with each of its runs" in refusal(caplog, "DIR", "--predict", fusion)
+    assert not (tmp_path / "labelled").exists()
+
+
+def change_fusion(**changed):
+    def change(run):
+        description = json.loads((run / "config.json").read_text())
+        description["fusion"] |= changed
+        (run / "config.json").write_text(json.dumps(description))
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        change_fusion(weights=[0.9, 0.1, 0]),
+        change_fusion(weights=[0.5, 0.4]),
+        change_fusion(weights=[1, "x"]),
+        change_fusion(temperature=0),
+        change_fusion(temperature=None),
+        change_fusion(models=[1, 2]),
+        change_fusion(speakers=5),
+        change_fusion(other=5),
+    ],
+)
+def test_a_damaged_fusion_is_refused(tmp_path, predicted, caplog, change):
+    _, _, fusion, first, second = predicted
+    change(fusion)
+    line = refusal(caplog, "--fuse", first, second, "--predict", fusion, "--out", tmp_path / "labelled")
+    assert line == f"{fusion}: config.json is damaged"
+
+
+# --- fusion: refusals ---
+
+
+def test_folds_that_divide_the_speakers_otherwise_are_refused(tmp_path, two, caplog):
+    fold = arrays_of(two[1])["fold"]
+    speaker = arrays_of(two[1])["speaker"]
+    swapped = np.where(speaker == "ravdess:03", 1, np.where(speaker == "ravdess:04", 4, fold))
+    change_arrays(two[1], fold=swapped.astype(np.int32))
+    line = refusal(caplog, "--fuse", *two, "--out", tmp_path / "fused")
+    assert re.match(r"ravdess:0[1-8] is tested with other speakers in \S+poor than in \S+good; train both with", line)
+    merged = np.where(fold == 2, 1, fold)
+    change_arrays(two[1], fold=merged.astype(np.int32))
+    assert "is tested with other speakers" in refusal(caplog, "--fuse", *two, "--out", tmp_path / "fused")
+    change_arrays(two[1], fold=(np.arange(96) % 5 + 1).astype(np.int32))
+    assert "is tested with other speakers" in refusal(caplog, "--fuse", *two, "--out", tmp_path / "fused")
+    assert "tests ravdess:01 in several folds" in refusal(caplog, "--fuse", *two[::-1], "--out", tmp_path / "fused")
+
+
+def test_runs_with_fewer_than_two_folds_are_refused(tmp_path, two, caplog):
+    change_arrays(two[1], fold=np.ones(96, np.int32))
+    assert "has fewer than two folds" in refusal(caplog, "--fuse", *two, "--out", tmp_path / "fused")
+    change_arrays(two[1], fold=np.zeros(96, np.int32))
+    assert "has fewer than two folds" in refusal(caplog, "--fuse", *two, "--out", tmp_path / "fused")
+
+
+def test_runs_that_contradict_each_other_are_refused(tmp_path, two, caplog):
+    label, speaker = arrays_of(two[1])["label"], arrays_of(two[1])["speaker"]
+    change_arrays(two[1], label=np.where(np.arange(96) < 5, (label + 1) % 3, label).astype(np.int32))
+    line = refusal(caplog, "--fuse", *two, "--out", tmp_path / "fused")
+    assert line.startswith("5 utterances have another label or speaker in another run: ravdess:01:01_03_01_01_01 is ")
+    change_arrays(two[1], label=label, speaker=np.where(speaker == "ravdess:07", "ravdess:70", speaker))
+    line = refusal(caplog, "--fuse", *two, "--out", tmp_path / "fused")
+    assert "is ravdess:07 in" in line
+    assert "ravdess:70 in" in line
+
+
+def test_results_are_never_replaced_by_a_fusion(tmp_path, two, caplog):
+    good, poor = two
+    assert "holds the results of another run" in refusal(caplog, "--fuse", *two, "--out", poor)
+    third = write_results(tmp_path / "third")
+    assert "holds the results of another run" in refusal(caplog, "--fuse", *two, "--out", third)
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "report.html").write_text("mine")
+    assert "that is not of this program" in refusal(caplog, "--fuse", *two, "--out", tmp_path / "foreign")
+    assert "--fuse needs --out" in refusal(caplog, "--fuse", *two)
+    assert "is the same run" in refusal(caplog, "--fuse", good, f"{good}/../good", "--out", tmp_path / "fused")
+    (poor / "config.json").write_text("{}")
+    assert "config.json is damaged, or not of the same run" in refusal(
+        caplog, "--fuse", *two, "--out", tmp_path / "fused"
+    )
+
+
+def test_inputs_of_two_kinds_are_refused(two, caplog):
+    good, poor = two
+    assert "use only one of --compare and --fuse" in refusal(caplog, "--compare", good, poor, "--fuse", good, poor)
+    assert "use only one of DIR and --fuse (data)" in refusal(caplog, "data", "--fuse", good, poor)

@@ -1607,3 +1607,113 @@ def test_the_weights_of_several_seeds_follow_the_rule(seed):
     linear = [rng.normal(size=(7, len(true), 3)) + 2 * np.eye(3)[true] for true in label]
     found = stats.fit_ensemble_weights(hidden, linear, label)
     assert found == pytest.approx(explicit_weights(hidden, linear, label))
+
+
+# --- fusion ---
+
+
+def answers_of(label, *skills, seed=0, classes=3):
+    """Calibrated probabilities of runs that make independent mistakes, the fewer the larger their skill."""
+    random = np.random.default_rng(seed)
+    logits = random.normal(size=(len(skills), len(label), classes))
+    logits[:, np.arange(len(label)), label] += np.array(skills)[:, None]
+    scale = np.array([skill if skill else 0.05 for skill in skills])  # of logits of unit variance
+    return stats.probabilities(logits * scale[:, None, None])
+
+
+def labels_and_speakers(count=600, classes=3):
+    return np.arange(count) % classes, np.array([f"s{number % 20}" for number in range(count)])
+
+
+def everywhere(probability):
+    return np.ones(probability.shape[:2], bool)
+
+
+def fit(probability, label, speaker):
+    return stats.fit_fusion(probability, everywhere(probability), label, speaker)
+
+
+def fused_loss(probability, weights, label):
+    mean, temperature = stats.fuse(probability, everywhere(probability), weights)
+    return stats.balanced_cross_entropy(mean / temperature[:, None], label)
+
+
+def test_a_fusion_is_the_weighted_mean_of_log_probabilities():
+    probability = answers_of(np.array([0, 1, 2, 0]), 1, 2)
+    mean, temperature = stats.fuse(probability, everywhere(probability), stats.FusionWeights(np.array([0.3, 0.7]), 0.8))
+    np.testing.assert_allclose(mean, 0.3 * np.log(probability[0]) + 0.7 * np.log(probability[1]))
+    assert temperature.tolist() == [0.8] * 4
+
+
+def test_where_runs_lack_an_utterance_the_others_answer_it_with_their_own_calibration():
+    probability = answers_of(np.array([0, 1, 2]), 1, 2, 1)
+    present = np.array([[True, False, False], [True, True, False], [True, True, True]])
+    mean, temperature = stats.fuse(probability, present, stats.FusionWeights(np.array([0.5, 0.5, 0.0]), 0.8))
+    np.testing.assert_allclose(mean[1], np.log(probability[1, 1]), atol=1e-9)
+    np.testing.assert_allclose(mean[2], np.log(probability[2, 2]), atol=1e-9)  # a run without weight
+    assert temperature.tolist() == [0.8, 1, 1]
+
+
+def test_a_probability_of_0_is_no_veto():
+    probability = np.array([[[1.0, 0.0]], [[0.4, 0.6]]])
+    mean, _ = stats.fuse(probability, everywhere(probability), stats.FusionWeights(np.array([0.5, 0.5]), 1.0))
+    assert np.isfinite(mean).all()
+
+
+def test_a_class_that_a_run_does_not_know_takes_the_probability_of_the_others():
+    probability = np.array([[[0.5, 0.2, 0.3, 0.0]], [[0.9, 0.1, 0.0, 0.0]]])
+    known = np.array([[[True, True, True, False]], [[True, True, False, False]]])
+    found = stats.complete_probabilities(probability, known)
+    np.testing.assert_allclose(found.sum(-1), 1)
+    np.testing.assert_allclose(found[1, 0], [0.9 * 0.45, 0.1 * 0.45, 0.3, 0.25])
+    np.testing.assert_allclose(found[0, 0], [0.5 * 0.75, 0.2 * 0.75, 0.3 * 0.75, 0.25])
+
+
+@pytest.mark.parametrize("skill", [1.0, 2.0])
+def test_a_run_without_information_gets_no_weight(skill):
+    label, speaker = labels_and_speakers()
+    weights = fit(answers_of(label, 0, skill, 0), label, speaker)
+    assert weights.weights.tolist() == [0, 1, 0]
+    assert weights.temperature == 1
+
+
+def test_a_copy_of_a_run_gets_no_weight():
+    label, speaker = labels_and_speakers()
+    probability = answers_of(label, 1.5)
+    assert sorted(fit(np.concatenate([probability, probability]), label, speaker).weights) == [0, 1]
+
+
+def test_runs_with_independent_mistakes_share_the_weight_and_sharpen_each_other():
+    label, speaker = labels_and_speakers()
+    probability = answers_of(label, 1.5, 1.5, 0.7)
+    weights = fit(probability, label, speaker)
+    assert weights.weights.sum() == pytest.approx(1)
+    assert abs(weights.weights[0] - weights.weights[1]) < 0.3
+    assert 0 < weights.weights[2] < min(weights.weights[:2])
+    assert weights.temperature < 1
+    unseen = answers_of(label, 1.5, 1.5, 0.7, seed=1)
+    singles = [stats.balanced_cross_entropy(np.log(one), label) for one in unseen]
+    assert fused_loss(unseen, weights, label) < 0.8 * min(singles)
+
+
+def test_a_gain_on_a_few_speakers_alone_gives_no_weight():
+    """The second run knows what the first does not, but for one speaker of twenty."""
+    label, speaker = labels_and_speakers()
+    first, second, noise = answers_of(label, 1.5, 1.5, 0)
+    probability = np.stack([first, np.where((speaker == "s3")[:, None], second, noise)])
+    assert fit(probability, label, speaker).weights.tolist() == [1, 0]
+
+
+def test_with_one_speaker_the_best_run_is_taken():
+    label, _ = labels_and_speakers(30)
+    assert fit(answers_of(label, 0.5, 2.0), label, np.array(["s"] * 30)).weights.tolist() == [0, 1]
+
+
+def test_the_weights_are_chosen_on_the_utterances_that_runs_have():
+    label, speaker = labels_and_speakers()
+    probability = answers_of(label, 1.5, 1.5)
+    present = everywhere(probability)
+    present[1, ::3] = False
+    probability[1, ::3] = np.nan_to_num(0)
+    weights = stats.fit_fusion(probability, present, label, speaker)
+    assert weights.weights.min() > 0.2
