@@ -1069,36 +1069,38 @@ def complete_probabilities(probability: np.ndarray, known: np.ndarray) -> np.nda
 
 
 class FusionWeights(NamedTuple):
-    """Weights of R runs, shape (R,), at least 0 and with a sum of 1; and the temperature of their weighted mean."""
+    """A late fusion of R calibrated runs: their weights, shape (R,), at least 0 and with a sum of 1; its temperature.
+
+    `present`, (R, N), is False where a run lacks an utterance: there the weights of the others are scaled to a sum
+    of 1, and the temperature, which is for all of them together, is 1.
+    """
 
     weights: np.ndarray
     temperature: float
 
+    def mean(self, probability: np.ndarray, present: np.ndarray) -> np.ndarray:
+        """The weighted mean, (N, C), of the logarithms of probabilities, (R, N, C): logits that are not calibrated."""
+        # Where only runs without weight have an utterance, they answer it with equal weights.
+        weights = present * np.maximum(self.weights, 1e-12)[:, None]
+        weights = weights / weights.sum(0)
+        return np.einsum("rn,rnc->nc", weights, np.log(np.maximum(probability, MIN_PROBABILITY)))
 
-def fuse(probability: np.ndarray, present: np.ndarray, fusion: FusionWeights) -> tuple[np.ndarray, np.ndarray]:
-    """Late fusion: the weighted mean of the log-probabilities of R runs, (N, C), and the temperatures, (N,).
-
-    `probability`, (R, N, C), is that of calibrated runs. `present`, (R, N), is False where a run lacks an utterance:
-    there the weights of the others are scaled to a sum of 1, and the temperature, which is for all of them, is 1.
-    """
-    # Where only runs without weight have an utterance, they answer it with equal weights.
-    weights = present * np.maximum(fusion.weights, 1e-12)[:, None]
-    weights = weights / weights.sum(0)
-    complete = present[fusion.weights > 0].all(0)
-    mean = np.einsum("rn,rnc->nc", weights, np.log(np.maximum(probability, MIN_PROBABILITY)))
-    return mean, np.where(complete, fusion.temperature, 1.0)
+    def temperatures(self, present: np.ndarray) -> np.ndarray:
+        """What calibrates the mean of each utterance, shape (N,)."""
+        complete = present[self.weights > 0].all(0)
+        return np.where(complete, self.temperature, 1.0)
 
 
 def fit_fusion(probability: np.ndarray, present: np.ndarray, label: np.ndarray, speaker: np.ndarray) -> FusionWeights:
-    """Choose the weights of R runs and the temperature by the class-balanced cross-entropy of their fusion.
+    """Choose weights and temperature of a fusion of R runs by its class-balanced cross-entropy.
 
     It starts from the best run. In each step another run joins, with the share and the temperature that give the lowest
     loss, if this lowers the loss by more than one standard error over the speakers. That is the rule of one standard
     error (Breiman and others 1984): without it, runs without information and copies of a run would get a weight by
     chance, and the fusion would often be worse than its best run. One run alone keeps its calibration.
 
-    `probability` has shape (R, N, C) and `present` (R, N), see `fuse`; `label`, (N,), is the class of each utterance,
-    `speaker`, (N,), the name of its speaker.
+    `probability` has shape (R, N, C) and `present` (R, N); `label`, (N,), is the class of each utterance, `speaker`,
+    (N,), the name of its speaker.
     """
     single, speaker = np.eye(len(probability)), numbered(speaker)
     count = np.bincount(label)
@@ -1106,14 +1108,17 @@ def fit_fusion(probability: np.ndarray, present: np.ndarray, label: np.ndarray, 
 
     def best_temperature(weights: np.ndarray) -> tuple[np.ndarray, FusionWeights]:
         """The temperature with the lowest loss, and that loss by utterance."""
-        candidates = []
+        mean, candidates = FusionWeights(weights, 1.0).mean(probability, present), []
         for temperature in FUSION_TEMPERATURES:
-            mean, temperatures = fuse(probability, present, fusion := FusionWeights(weights, temperature))
-            logits = log_probabilities(mean / temperatures[:, None])
+            fusion = FusionWeights(weights, temperature)
+            logits = log_probabilities(mean / fusion.temperatures(present)[:, None])
             candidates.append((-share * logits[np.arange(len(label)), label], fusion))
-        return min(candidates, key=lambda candidate: candidate[0].sum())
+        return min(candidates, key=total_loss)
 
-    loss, best = min(map(best_temperature, single), key=lambda candidate: candidate[0].sum())
+    def total_loss(candidate: tuple[np.ndarray, FusionWeights]) -> float:
+        return candidate[0].sum()
+
+    loss, best = min(map(best_temperature, single), key=total_loss)
     best = best._replace(temperature=1.0)
     while 0 in best.weights:
         joined = [
@@ -1121,7 +1126,7 @@ def fit_fusion(probability: np.ndarray, present: np.ndarray, label: np.ndarray, 
             for run in np.flatnonzero(best.weights == 0)
             for part in FUSION_SHARES
         ]
-        new_loss, new = min(map(best_temperature, joined), key=lambda candidate: candidate[0].sum())
+        new_loss, new = min(map(best_temperature, joined), key=total_loss)
         gain = np.bincount(speaker, loss - new_loss)
         error = math.sqrt(len(gain) * gain.var(ddof=1)) if len(gain) > 1 else math.inf  # of their sum
         if gain.sum() <= error:

@@ -2887,7 +2887,7 @@ def print_prediction(out: Path, left_out: int, predictions: Predictions, metrics
     print(printable(str(out / "predictions.csv")))
 
 
-# --- several runs ---------------------------------------------------------------------------------------------------
+# --- comparison of runs ---------------------------------------------------------------------------------------------
 
 
 class Results(NamedTuple):
@@ -2915,13 +2915,16 @@ def load_results(run: Path, scored: bool = True) -> Results:
         whole = False
     if not whole:
         raise UsageError(f"{run}: metrics.json or fusion.npz is damaged, or of another version of train.py")
+    if metrics.get("fold_scheme") == TRANSFER:  # not all of them are scored
+        of_scored = np.isin(arrays["speaker"], ["", *metrics["speakers"]]) & (arrays["version"] == "")
+        arrays["label"] = np.where(of_scored, arrays["label"], -1)
     return Results(str(run), metrics, arrays)
 
 
 def has_all_scores(metrics) -> bool:
     """Whether metrics.json has what is compared; any exception means the same as False."""
     intervals = [metrics[f"{name}_ci95"] for name in SCORES]
-    counts = metrics["n_utterances"], metrics["n_speakers"], len(metrics["folds"])
+    counts = metrics["n_utterances"], metrics["n_speakers"], len(metrics["folds"]), len(metrics["speakers"])
     numbers = [metrics["ece"], *(metrics[name] for name in SCORES), *itertools.chain(*intervals), *counts]
     numeric = all(number is None or type(number) in (int, float) for number in numbers)
     return numeric and all(len(pair) == 2 for pair in intervals) and isinstance(metrics["fold_scheme"], str)
@@ -2935,12 +2938,9 @@ def has_all_answers(arrays) -> bool:
     whole = all(arrays[name].shape == (rows,) for name in by_row) and arrays["classes"].shape == (columns,)
     whole = whole and arrays["model"].shape == ()
     for name in ("classes", "model", *texts):
+        whole = whole and arrays[name].dtype.kind == "U"
         # numpy itself fails with a SystemError at numbers that are no characters.
-        whole = (
-            whole
-            and arrays[name].dtype.kind == "U"
-            and np.atleast_1d(arrays[name]).view(np.uint32).max() <= sys.maxunicode
-        )
+        whole = whole and np.atleast_1d(arrays[name]).view(np.uint32).max() <= sys.maxunicode
     whole = whole and all(arrays[name].dtype.kind == "i" for name in ("label", "fold"))
     whole = whole and np.isfinite(arrays["logits"]).all() and np.isfinite(arrays["temperature"]).all()
     return whole and arrays["temperature"].min() > 0 and -2 < arrays["label"].min() <= arrays["label"].max() < columns
@@ -3005,9 +3005,7 @@ def run_comparison(config: Config) -> int:
         content = {"runs": scores, "first": first.name, "differences": differences, "notes": notes}
         sys.stdout.write(stats.json_bytes(content).decode())
         return 0
-    explanation = (
-        "95 % intervals are over speakers (jackknife); p is two-sided and not corrected for several comparisons."
-    )
+    explanation = "95 % intervals are over speakers (jackknife); p is two-sided, and not corrected for several tests."
     title = f"Differences from {first.name} on the utterances of both, in points:"
     tables = [format_table(rows, config.format) for rows in (score_cells(scores), difference_cells(differences))]
     texts = [ESCAPES[config.format](text) for text in (title, explanation, *notes)]
@@ -3062,6 +3060,80 @@ def comparison_notes(first: Results, other: Results, aligned: Aligned) -> list[s
     if adaptation[0] != adaptation[1]:
         add("ADAPTATION DIFFERS", adaptation)
     return notes
+
+
+def score_cells(scores: list[dict]) -> list[list[str]]:
+    """The rows of the table of scores, its head first."""
+    titles = [f"{title.partition(' (')[0]}, %" for title in SCORES.values()]
+    rows = [["run", *titles, "utterances", "speakers", "folds", "ECE, %"]]
+    for run in scores:
+        cells = []
+        for name in SCORES:
+            low, high = run[f"{name}_ci95"]
+            cells.append(f"{percent(run[name])} ({percent(low)} to {percent(high)})")
+        folds = f"{run['n_folds']}" if run["fold_scheme"].isdecimal() else f"{run['n_folds']} ({run['fold_scheme']})"
+        counts = [str(run["n_utterances"]), str(run["n_speakers"]), folds, percent(run["ece"])]
+        rows.append([run["run"], *cells, *counts])
+    return rows
+
+
+def difference_cells(differences: list[dict]) -> list[list[str]]:
+    """The rows of the table of differences, its head first."""
+    titles = [column for title in SCORES.values() for column in (title.partition(" (")[0], "p")]
+    rows = [["run", *titles, "utterances", "speakers"]]
+    for run in differences:
+        cells = []
+        for name in SCORES:
+            difference, low, high, p = run[name].values()
+            points = [f"{100 * value:+.1f}" for value in (difference, low, high)]
+            cells += [f"{points[0]} ({points[1]} to {points[2]})", f"{p:.3f}" if p >= 0.001 else "< 0.001"]
+            if not math.isfinite(difference):
+                cells[-2:] = "-", "-"
+        rows.append([run["run"], *cells, str(run["n_utterances"]), str(run["n_speakers"])])
+    return rows
+
+
+def format_table(rows: list[list[str]], form: str) -> str:
+    """A table in one of FORMATS; the first row is its head, the first column text, all others numbers."""
+    rows = [[ESCAPES[form](cell) for cell in row] for row in rows]
+    numbers = len(rows[0]) - 1
+    if form == "latex":
+        head, *body = [" & ".join(row) + r" \\" for row in rows]
+        return "\n".join([rf"\begin{{tabular}}{{l{'r' * numbers}}}", head, r"\hline", *body, r"\end{tabular}"])
+    if form == "markdown":
+        rows.insert(1, ["---", *["---:"] * numbers])
+        return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    widths = [max(map(cell_len, column)) for column in zip(*rows)]
+    return "\n".join("  ".join(map(pad_cell, row, widths)).rstrip() for row in rows)
+
+
+def pad_cell(text: str, width: int) -> str:
+    return text + " " * (width - cell_len(text))
+
+
+def escape_markdown(text: str) -> str:
+    return re.sub(r"([\\`*_\[\]<>|~&$#])", r"\\\1", printable(text))
+
+
+def escape_latex(text: str) -> str:
+    return "".join(LATEX_SPECIALS.get(character, character) for character in printable(text))
+
+
+#: What LaTeX does not print as it is. Behind the end of a row, it would take * and [ for options of the line break.
+LATEX_SPECIALS = {character: f"\\{character}" for character in "{}$&#_%"} | {
+    "\\": r"\textbackslash{}",
+    "^": r"\textasciicircum{}",
+    "~": r"\textasciitilde{}",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+    "|": r"\textbar{}",
+    "[": "{[}",
+    "*": "{*}",
+}
+ESCAPES = {"terminal": printable, "markdown": escape_markdown, "latex": escape_latex}
+
+
+# --- fusion of runs -------------------------------------------------------------------------------------------------
 
 
 class FusedUtterance(NamedTuple):
@@ -3127,7 +3199,7 @@ def fuse_runs(runs: list[Results]) -> tuple[Predictions, stats.FusionWeights, di
     part in its own weights. The final ones are chosen on all of them.
     """
     aligned, names = align(runs), [run.name for run in runs]
-    label, speaker = agree(aligned, aligned.label, -1, names), agree(aligned, aligned.speaker, "", names)
+    label, speaker = agreed(aligned, names)
     independent = all(run.metrics.get("speaker_independent") for run in runs)
     # Where speakers are not known, each utterance counts as its own.
     group = np.where(independent & (speaker != ""), speaker, aligned.utterance)
@@ -3141,8 +3213,8 @@ def fuse_runs(runs: list[Results]) -> tuple[Predictions, stats.FusionWeights, di
     for number in range(fold.max() + 1):
         tested = fold == number
         weights = fit(~tested)
-        mean, temperature[tested] = stats.fuse(probability[:, tested], present[:, tested], weights)
-        logits[tested] = mean / temperature[tested, None]
+        temperature[tested] = weights.temperatures(present[:, tested])
+        logits[tested] = weights.mean(probability[:, tested], present[:, tested]) / temperature[tested, None]
         tests = {"fold": number + 1, "test": sorted(set(group[tested])), "n_test": int(tested.sum())}
         folds.append(tests | {"weights": weights.weights.tolist(), "temperature": weights.temperature})
     answers = Answers(logits, temperature, np.zeros((len(fold), 0)))  # a fusion has no hidden layers
@@ -3152,23 +3224,33 @@ def fuse_runs(runs: list[Results]) -> tuple[Predictions, stats.FusionWeights, di
     notes = fusion_notes(names, aligned, final)
     metrics = evaluate(predictions, ", ".join(schemes), independent, "those of the fused runs", notes)
     metrics["folds"] = [details | scores for details, scores in zip(folds, metrics["folds"])]
+    if adapted := [run.metrics["adapted"] for run in runs if run.metrics.get("adapted")]:
+        metrics["adapted"] = adapted[0]
     return predictions, final, metrics
 
 
-def agree(aligned: Aligned, values: np.ndarray, missing, names: list[str]) -> np.ndarray:
-    """The label or speaker of each utterance, (N,), on which all runs that know it must agree; `values` are (R, N)."""
-    found = values.max(0)  # the missing value is the smallest
-    different = (values != found) & (values != missing)
-    if different.any():
-        row, place = np.argwhere(different)[0]
-        other = int(np.argmax(values[:, place] == found[place]))
-        shown = [aligned.classes[value] if missing == -1 else value for value in (values[row, place], found[place])]
-        details = f"{shown[0]} in {names[row]}, {shown[1]} in {names[other]}"
-        count = check_data.counted(int(different.any(0).sum()), "utterance")
-        raise UsageError(
-            f"{count} have another label or speaker in another run: {aligned.utterance[place]} is {details}"
-        )
-    return found
+def agreed(aligned: Aligned, names: list[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Label and speaker of each utterance, (N,), where known; a UsageError names one on which runs disagree.
+
+    It is raised, too, for a run that has no utterance in common with the others.
+    """
+    present = aligned.present
+    for name, own in zip(names, present):
+        if not (own & (present.sum(0) > 1)).any():
+            example, other = aligned.utterance[own][0], aligned.utterance[~own][0]
+            raise UsageError(f"{name} has no utterance in common with the others: it has {example}, they have {other}")
+    found = []
+    for values, missing in ((aligned.label, -1), (aligned.speaker, "")):
+        best = values.max(0)  # what is missing is smaller than anything else
+        different = (values != best) & (values != missing)
+        for run, place in np.argwhere(different)[:1]:
+            other = int(np.argmax(values[:, place] == best[place]))
+            one, two = (aligned.classes[v] if missing == -1 else v for v in (values[run, place], best[place]))
+            count = check_data.counted(int(different.any(0).sum()), "utterance")
+            details = f"{aligned.utterance[place]} is {one} in {names[run]}, {two} in {names[other]}"
+            raise UsageError(f"the runs disagree on {count}: {details}; train both with the same labels and --merge")
+        found.append(best)
+    return found[0], found[1]
 
 
 def common_folds(aligned: Aligned, group: np.ndarray, names: list[str]) -> np.ndarray:
@@ -3248,9 +3330,10 @@ def check_fusion_folder(out: Path, runs: list[Results]) -> None:
         if models[number] in models[:number] or folders[number] in folders[:number]:
             raise UsageError(f"{run.name} is the same run as one before it")
     description = read_json(out / "config.json", MAX_DESCRIPTION)
-    if os.path.realpath(out) in folders or (description and "fusion" not in description):
-        raise UsageError(f"{out} holds the results of another run; choose another --out")
-    check_folder(out, Path(runs[0].name), (*PREDICTIONS, *RUN_FILES), is_ours="fusion" in description)
+    fused = description["fusion"].get("models") if isinstance(description.get("fusion"), dict) else None
+    if os.path.realpath(out) in folders or (description and fused != models):
+        raise UsageError(f"{out} holds the results of another run, or of other runs; choose another --out")
+    check_folder(out, Path(runs[0].name), (*PREDICTIONS, *RUN_FILES), is_ours=fused == models)
 
 
 def load_fusion(run: Path) -> Fusion:
@@ -3308,84 +3391,14 @@ def fuse_predictions(config: Config) -> int:
 
 def fused_predictions(runs: list[Results], fusion: Fusion) -> Predictions:
     """The answers of a fusion for the files that its runs have labelled."""
-    aligned, names = align(runs), [run.name for run in runs]
-    label, speaker = agree(aligned, aligned.label, -1, names), agree(aligned, aligned.speaker, "", names)
+    aligned = align(runs)
+    label, speaker = agreed(aligned, [run.name for run in runs])
     probability = stats.complete_probabilities(aligned.probability, aligned.known)
-    mean, temperature = stats.fuse(probability, aligned.present, fusion.chosen)
+    mean, temperature = fusion.chosen.mean(probability, aligned.present), fusion.chosen.temperatures(aligned.present)
     answers = Answers(mean / temperature[:, None], temperature, np.zeros((len(mean), 0)))
     utterances = fused_utterances(runs, aligned, label, speaker)
     group = np.where(speaker != "", speaker, aligned.utterance)
     return Predictions(utterances, aligned.classes, answers, np.full(len(mean), -1), group)
-
-
-def score_cells(scores: list[dict]) -> list[list[str]]:
-    """The rows of the table of scores, its head first."""
-    titles = [f"{title.partition(' (')[0]}, %" for title in SCORES.values()]
-    rows = [["run", *titles, "utterances", "speakers", "folds", "ECE, %"]]
-    for run in scores:
-        cells = []
-        for name in SCORES:
-            low, high = run[f"{name}_ci95"]
-            cells.append(f"{percent(run[name])} ({percent(low)} to {percent(high)})")
-        folds = f"{run['n_folds']}" if run["fold_scheme"].isdecimal() else f"{run['n_folds']} ({run['fold_scheme']})"
-        counts = [str(run["n_utterances"]), str(run["n_speakers"]), folds, percent(run["ece"])]
-        rows.append([run["run"], *cells, *counts])
-    return rows
-
-
-def difference_cells(differences: list[dict]) -> list[list[str]]:
-    """The rows of the table of differences, its head first."""
-    titles = [column for title in SCORES.values() for column in (title.partition(" (")[0], "p")]
-    rows = [["run", *titles, "utterances", "speakers"]]
-    for run in differences:
-        cells = []
-        for name in SCORES:
-            difference, low, high, p = run[name].values()
-            points = [f"{100 * value:+.1f}" for value in (difference, low, high)]
-            cells += [f"{points[0]} ({points[1]} to {points[2]})", f"{p:.3f}" if p >= 0.001 else "< 0.001"]
-            if not math.isfinite(difference):
-                cells[-2:] = "-", "-"
-        rows.append([run["run"], *cells, str(run["n_utterances"]), str(run["n_speakers"])])
-    return rows
-
-
-def format_table(rows: list[list[str]], form: str) -> str:
-    """A table in one of FORMATS; the first row is its head, the first column text, all others numbers."""
-    rows = [[ESCAPES[form](cell) for cell in row] for row in rows]
-    numbers = len(rows[0]) - 1
-    if form == "latex":
-        head, *body = [" & ".join(row) + r" \\" for row in rows]
-        return "\n".join([rf"\begin{{tabular}}{{l{'r' * numbers}}}", head, r"\hline", *body, r"\end{tabular}"])
-    if form == "markdown":
-        rows.insert(1, ["---", *["---:"] * numbers])
-        return "\n".join(f"| {' | '.join(row)} |" for row in rows)
-    widths = [max(map(cell_len, column)) for column in zip(*rows)]
-    return "\n".join("  ".join(map(pad_cell, row, widths)).rstrip() for row in rows)
-
-
-def pad_cell(text: str, width: int) -> str:
-    return text + " " * (width - cell_len(text))
-
-
-def escape_markdown(text: str) -> str:
-    return re.sub(r"([\\`*_\[\]<>|~&$#])", r"\\\1", printable(text))
-
-
-def escape_latex(text: str) -> str:
-    return "".join(LATEX_SPECIALS.get(character, character) for character in printable(text))
-
-
-#: Characters that LaTeX does not print as they are.
-LATEX_SPECIALS = {character: f"\\{character}" for character in "{}$&#_%"} | {
-    "\\": r"\textbackslash{}",
-    "^": r"\textasciicircum{}",
-    "~": r"\textasciitilde{}",
-    "<": r"\textless{}",
-    ">": r"\textgreater{}",
-    "|": r"\textbar{}",
-    '"': r"\textquotedbl{}",
-}
-ESCAPES = {"terminal": printable, "markdown": escape_markdown, "latex": escape_latex}
 
 
 # --- the device -----------------------------------------------------------------------------------------------------
@@ -3532,7 +3545,9 @@ def main(arguments=None) -> int:
     log.setLevel(logging.INFO)
     try:
         config = parse_config(arguments)
-        if config.compare:
+        if not config.directory and not is_primary():
+            status = 0
+        elif config.compare:
             status = run_comparison(config)
         elif config.fuse:
             status = run_fusion(config) if config.predict is None else fuse_predictions(config)

@@ -200,10 +200,11 @@ def test_the_terminal_shows_aligned_tables(two, capsys):
 
 
 NAMES = {
-    "a|b*c_d": (r"a\|b\*c\_d", r"a\textbar{}b*c\_d"),
+    "a|b*c_d": (r"a\|b\*c\_d", r"a\textbar{}b{*}c\_d"),
     "50%&#$~^{}": (r"50%\&\#\$\~^{}", r"50\%\&\#\$\textasciitilde{}\textasciicircum{}\{\}"),
     "line\nbreak": (r"line\\nbreak", r"line\textbackslash{}nbreak"),
-    "<b>\x1b[2J": (r"\<b\>\\x1b\[2J", r"\textless{}b\textgreater{}\textbackslash{}x1b[2J"),
+    "<b>\x1b[2J": (r"\<b\>\\x1b\[2J", r"\textless{}b\textgreater{}\textbackslash{}x1b{[}2J"),
+    "[*]": (r"\[\*\]", "{[}{*}]"),
 }
 
 
@@ -566,11 +567,20 @@ def test_runs_that_contradict_each_other_are_refused(tmp_path, two, caplog):
     label, speaker = arrays_of(two[1])["label"], arrays_of(two[1])["speaker"]
     change_arrays(two[1], label=np.where(np.arange(96) < 5, (label + 1) % 3, label).astype(np.int32))
     line = refusal(caplog, "--fuse", *two, "--out", tmp_path / "fused")
-    assert line.startswith("5 utterances have another label or speaker in another run: ravdess:01:01_03_01_01_01 is ")
+    assert line.startswith("the runs disagree on 5 utterances: ravdess:01:01_03_01_01_01 is happy in")
     change_arrays(two[1], label=label, speaker=np.where(speaker == "ravdess:07", "ravdess:70", speaker))
     line = refusal(caplog, "--fuse", *two, "--out", tmp_path / "fused")
     assert "is ravdess:07 in" in line
     assert "ravdess:70 in" in line
+
+
+def test_runs_without_a_common_utterance_are_refused(tmp_path, two, caplog):
+    other = write_results(tmp_path / "other", utterances=utterances_of(speakers=range(9, 13)))
+    line = refusal(caplog, "--fuse", *two, other, "--out", tmp_path / "fused")
+    assert line == (
+        f"{other} has no utterance in common with the others: it has ravdess:09:01_03_01_01_01, they have"
+        " ravdess:01:01_03_01_01_01"
+    )
 
 
 def test_results_are_never_replaced_by_a_fusion(tmp_path, two, caplog):
@@ -578,14 +588,16 @@ def test_results_are_never_replaced_by_a_fusion(tmp_path, two, caplog):
     assert "holds the results of another run" in refusal(caplog, "--fuse", *two, "--out", poor)
     third = write_results(tmp_path / "third")
     assert "holds the results of another run" in refusal(caplog, "--fuse", *two, "--out", third)
+    assert train.main(["--fuse", str(good), str(third), "--out", str(tmp_path / "fused")]) == 0
+    assert "or of other runs" in refusal(caplog, "--fuse", *two, "--out", tmp_path / "fused")
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign" / "report.html").write_text("mine")
     assert "that is not of this program" in refusal(caplog, "--fuse", *two, "--out", tmp_path / "foreign")
     assert "--fuse needs --out" in refusal(caplog, "--fuse", *two)
-    assert "is the same run" in refusal(caplog, "--fuse", good, f"{good}/../good", "--out", tmp_path / "fused")
+    assert "is the same run" in refusal(caplog, "--fuse", good, f"{good}/../good", "--out", tmp_path / "new")
     (poor / "config.json").write_text("{}")
     assert "config.json is damaged, or not of the same run" in refusal(
-        caplog, "--fuse", *two, "--out", tmp_path / "fused"
+        caplog, "--fuse", *two, "--out", tmp_path / "new"
     )
 
 

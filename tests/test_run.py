@@ -199,14 +199,14 @@ def test_the_embedding_is_the_hidden_layer_of_each_seed_of_the_fold(experiment, 
         np.testing.assert_allclose(outcome.answers.embedding[number], np.concatenate(layers), rtol=1e-3, atol=1e-4)
 
 
-def test_the_documented_late_fusion_runs(trained, metrics, tmp_path, monkeypatch, capsys):
+def test_the_documented_fusion_with_fixed_weights_runs(trained, metrics, tmp_path, monkeypatch, capsys):
     (tmp_path / "runs").mkdir()
     for name, run in (("voice", "first"), ("face", "second")):
         (tmp_path / "runs" / name).symlink_to(trained / run)
     monkeypatch.chdir(tmp_path)
     exec(documented_python("intersect1d"), {})
     # Both runs are the same: fusion changes nothing.
-    assert capsys.readouterr().out == f"fused: {metrics['wa']:.4f} of 112 utterances right\n"
+    assert capsys.readouterr().out == f"fixed weights: {metrics['wa']:.4f} of 112 utterances right\n"
 
 
 # --- evaluation ---

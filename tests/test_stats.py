@@ -1633,14 +1633,20 @@ def fit(probability, label, speaker):
     return stats.fit_fusion(probability, everywhere(probability), label, speaker)
 
 
-def fused_loss(probability, weights, label):
-    mean, temperature = stats.fuse(probability, everywhere(probability), weights)
+def fuse(probability, weights, temperature, present=None):
+    present = everywhere(probability) if present is None else present
+    fusion = stats.FusionWeights(np.array(weights), temperature)
+    return fusion.mean(probability, present), fusion.temperatures(present)
+
+
+def fused_loss(probability, fusion, label):
+    mean, temperature = fuse(probability, *fusion)
     return stats.balanced_cross_entropy(mean / temperature[:, None], label)
 
 
 def test_a_fusion_is_the_weighted_mean_of_log_probabilities():
     probability = answers_of(np.array([0, 1, 2, 0]), 1, 2)
-    mean, temperature = stats.fuse(probability, everywhere(probability), stats.FusionWeights(np.array([0.3, 0.7]), 0.8))
+    mean, temperature = fuse(probability, [0.3, 0.7], 0.8)
     np.testing.assert_allclose(mean, 0.3 * np.log(probability[0]) + 0.7 * np.log(probability[1]))
     assert temperature.tolist() == [0.8] * 4
 
@@ -1648,7 +1654,7 @@ def test_a_fusion_is_the_weighted_mean_of_log_probabilities():
 def test_where_runs_lack_an_utterance_the_others_answer_it_with_their_own_calibration():
     probability = answers_of(np.array([0, 1, 2]), 1, 2, 1)
     present = np.array([[True, False, False], [True, True, False], [True, True, True]])
-    mean, temperature = stats.fuse(probability, present, stats.FusionWeights(np.array([0.5, 0.5, 0.0]), 0.8))
+    mean, temperature = fuse(probability, [0.5, 0.5, 0], 0.8, present)
     np.testing.assert_allclose(mean[1], np.log(probability[1, 1]), atol=1e-9)
     np.testing.assert_allclose(mean[2], np.log(probability[2, 2]), atol=1e-9)  # a run without weight
     assert temperature.tolist() == [0.8, 1, 1]
@@ -1656,7 +1662,7 @@ def test_where_runs_lack_an_utterance_the_others_answer_it_with_their_own_calibr
 
 def test_a_probability_of_0_is_no_veto():
     probability = np.array([[[1.0, 0.0]], [[0.4, 0.6]]])
-    mean, _ = stats.fuse(probability, everywhere(probability), stats.FusionWeights(np.array([0.5, 0.5]), 1.0))
+    mean, _ = fuse(probability, [0.5, 0.5], 1)
     assert np.isfinite(mean).all()
 
 
@@ -1714,6 +1720,6 @@ def test_the_weights_are_chosen_on_the_utterances_that_runs_have():
     probability = answers_of(label, 1.5, 1.5)
     present = everywhere(probability)
     present[1, ::3] = False
-    probability[1, ::3] = np.nan_to_num(0)
+    probability[1, ::3] = 0
     weights = stats.fit_fusion(probability, present, label, speaker)
     assert weights.weights.min() > 0.2
