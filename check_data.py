@@ -12,6 +12,7 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # first of all: Python's own handler would print a traceback
 
 import argparse
+import contextlib
 import csv
 import dataclasses
 import difflib
@@ -66,6 +67,7 @@ MAX_SQUARE = 1e36  # sum of squares in a file; float32 ends at 3.4e38
 MAX_ARRAY_BYTES = 1 << 28  # an hour at 50 frames per second of 373 float32 values; utterances last seconds
 MAX_CLASSES, MAX_CLASS_NAME = 100, 100  # emotions, and characters in each
 _MAX_ENTRIES = 100_000  # a damaged count must not keep the reader busy
+MAX_LAYERS = 50  # known encoders have 7 to 49, with the input of the first block
 _MANY = 20  # arrays of one width are a whole set in one file, not the features of an utterance
 
 
@@ -208,6 +210,45 @@ class Features(NamedTuple):
     rms: float  # root mean square of the values
     bit_sum: int  # of the float32 values, as integers
     has_leading_axis: bool  # of length 1, in the file
+    n_layers: int = 1  # of the array in the file, if it was read for its layers
+
+
+class LayerChoice(NamedTuple):
+    """Which layers are read from arrays of shape (L, D), (L, T, D) or (T, L, D)."""
+
+    axis: int  # of the layers in arrays of three axes, 0 or 1
+    number: int | None  # of the only layer that is read, negative from the end; None for all
+
+    def select(self, stored: Array) -> tuple[Array, int]:
+        """A view of the chosen layers, (L, [T,] D), or of the one layer, ([T,] D); and the number of layers."""
+        layers = _without_unit_axes(stored)
+        if layers.ndim not in (2, 3):
+            expected = "expected (L, D), (L, T, D) or (T, L, D)"
+            raise DataError("no-layers", f"its array has shape {stored.shape}; {expected}")
+        layers = np.moveaxis(layers, self.axis if layers.ndim == 3 else 0, 0)
+        count = len(layers)
+        if self.number is None:
+            return layers, count
+        if not -count <= self.number < count:
+            raise DataError("no-layers", f"has the layers 0 to {count - 1}, or -{count} to -1, and no {self.number}")
+        return layers[self.number], count
+
+    def average(self, layers: Array) -> Array:
+        """Mean over the frames of what was selected, if there are any: (L, D), or (D,) for one layer."""
+        n_axes = 2 if self.number is None else 1
+        if layers.ndim > n_axes:
+            layers = layers.mean(-2, dtype=np.float64).astype(np.float32)
+        constant = np.flatnonzero(layers.min(-1) == layers.max(-1))
+        if n_axes == 2 and constant.size and layers.shape[1] > 1:
+            first, value = constant[0], layers[constant[0], 0]
+            found = f"all {layers.shape[1]} values of layer {first} are {value:g}"
+            raise DataError("constant", f"{found}: the feature extraction failed")
+        return layers
+
+
+def _without_unit_axes(stored: Array) -> Array:
+    """A view without the axes of length 1 before the last: encoders return (1, T, D), stacked layers (L, 1, T, D)."""
+    return stored.squeeze(tuple(axis for axis, length in enumerate(stored.shape[:-1]) if length == 1))
 
 
 _PICKLED = "is a Python pickle, which can run code and is never loaded"
@@ -542,18 +583,27 @@ def _load_array(path: str | Path, keys: Names) -> tuple[Array, str, Names, int]:
     return stats.npy_array(blob), NPY_KEY, (), zlib.crc32(blob)
 
 
-def read_features(path: str | Path, transpose: bool = False, nan_to_zero: bool = False, keys: Names = ()) -> Features:
+def read_features(
+    path: str | Path,
+    transpose: bool = False,
+    nan_to_zero: bool = False,
+    keys: Names = (),
+    layers: LayerChoice | None = None,
+) -> Features:
     """Read the features of one NPZ or NPY file strictly: headers are not trusted, and nothing is unpickled.
 
     Parameters
     ----------
     keys
         Names of which the array must have one; empty to choose it by its name, type and size.
+    layers
+        Which layers to read, if the file has several; their frames are averaged.
 
     Returns
     -------
     Features
-        Array in float32 and C order, of shape (D,), (T, D) or (T * D,). A leading axis of length 1 is dropped.
+        Array in float32 and C order, of shape (D,), (T, D) or (T * D,). A leading axis of length 1 is dropped. With
+        `layers`, it has the shape (L, D), or (D,) for one of them.
 
     Raises
     ------
@@ -564,11 +614,14 @@ def read_features(path: str | Path, transpose: bool = False, nan_to_zero: bool =
     shape = stored.shape
     if not shape or not stored.size:
         raise DataError("empty-array", f"its array has shape {shape}: nothing to train on")
-    if stored.ndim > 1 and shape[0] == 1:
+    n_layers, has_leading_axis = 1, stored.ndim > 1 and shape[0] == 1
+    if layers:
+        stored, n_layers = layers.select(stored)
+    elif has_leading_axis:
         stored = stored[0]
-    if stored.ndim > 2:
-        expected = f"perhaps {stored.shape[0]} layers; expected (D,), (T, D) or (1, T, D)"
-        raise DataError("bad-shape", f"its array has shape {shape}: {expected}")
+    if stored.ndim > 2 and not layers:
+        hint = "perhaps the layers of an encoder: use --layers, or --layer K for one of them"
+        raise DataError("bad-shape", f"its array has shape {shape}, {hint}")
     if transpose and stored.ndim == 2:
         stored = stored.T
     with np.errstate(over="ignore", invalid="ignore"):  # values beyond the range become Inf
@@ -577,11 +630,14 @@ def read_features(path: str | Path, transpose: bool = False, nan_to_zero: bool =
         square = float(array.reshape(-1).dot(array.reshape(-1)))
     if not square < MAX_SQUARE:
         array, square = _without_nan(array, nan_to_zero)
+    if layers:
+        array = layers.average(array)
+        square = float(np.square(array, dtype=np.float64).sum())
     flat = array.reshape(-1)
     if flat.size > 1 and flat[0] == flat[-1] and flat.min() == flat.max():  # the ends first: the rest takes longer
         raise DataError("constant", f"all {flat.size} values are {flat[0]:g}: the feature extraction failed")
     rms, bit_sum = math.sqrt(square / flat.size), int(flat.view(np.uint32).sum(dtype=np.uint64))
-    return Features(array, key, _dtype_name(stored.dtype), names, crc, rms, bit_sum, len(shape) > array.ndim)
+    return Features(array, key, _dtype_name(stored.dtype), names, crc, rms, bit_sum, has_leading_axis, n_layers)
 
 
 _dtype_name = functools.cache(lambda dtype: dtype.name)  # numpy builds the name at every access
@@ -657,6 +713,7 @@ REMEDIES = dict.fromkeys(_DAMAGED, "copy it again, or extract its features again
     "not-float": "save the features as float32",
     "empty-array": "the recording may be too short; extract its features again",
     "bad-shape": "save one array of shape (D,) or (T, D)",
+    "no-layers": "save all layers of the encoder in one array, or choose another with --layer",
     "not-finite": "extract its features again, or replace such values by zero with --nan-to-zero",
     "constant": "extract its features again",
     "absurd-scale": "extract its features again, or from another layer",
@@ -673,6 +730,7 @@ REMEDIES = dict.fromkeys(_DAMAGED, "copy it again, or extract its features again
     "duplicate-speaker": "find out which speaker is right and remove the other file",
     "transposed": "save it as (T, D), or transpose all sequences with --transpose",
     "other-width": "extract all features with one encoder, or choose a width with --dim",
+    "other-layers": "extract all features with one encoder",
     "overflow": "its features are of another kind or damaged; extract them again",
     "other-encoder": "extract it with the encoder that the model was trained with",
     "several-rows": "save one vector for each utterance, as in the training data",
@@ -696,10 +754,11 @@ NOTES = {
     "few-utterances": "classes with few utterances",
     "imbalance": "the largest class is many times the smallest; UA weights all classes equally, WA does not",
     "reshaped": "flat vectors that were reshaped to (T, D)",
-    "leading-axis": "arrays of shape (1, D) or (1, T, D), read without the leading axis",
+    "leading-axis": "arrays with a leading axis of length 1, as (1, D) or (1, T, D), read without it",
     "other-arrays": "further arrays in the files, not used",
     "mixed-keys": "the features have different names in the files; they must be of one encoder",
     "equal-length": "all files have the same number of rows, which need not be frames",
+    "layer-axis": "the files do not show which axis is that of the layers",
     "no-checksum": "NPY files have no checksum, so that damaged values are not noticed",
 }
 
@@ -723,6 +782,8 @@ class ScanOptions:
     key: str | None = option(None, "name of the array with the features, if the files hold several")
     dim: int | None = option(None, "width D of the features, if it cannot be determined from the files")
     transpose: bool = option(False, "sequences are stored as (D, T)")
+    layers: bool = option(False, "the files hold all layers of an encoder: (L, D), (L, T, D) or (T, L, D)")
+    layer: int | None = option(None, "read one layer from such files; 0 is the first, -1 the last")
     nan_to_zero: bool = option(False, "replace NaN and Inf by zero instead of leaving the file out")
     no_versions: bool = option(False, "leave out augmented and other versions of a recording whose original is here")
     folds: str = option("5", f"number of folds, or one of {', '.join(FOLD_SCHEMES)}", "split")
@@ -737,6 +798,10 @@ class ScanOptions:
             require(getattr(self, name) != "", name, "non-empty")
         if self.pattern and self.labels:
             raise UsageError("use either --pattern or --labels")
+        if self.layers and self.layer is not None:
+            raise UsageError("use either --layers or --layer")
+        if self.transpose and self.reads_layers:
+            raise UsageError("--transpose is for sequences: it cannot be used with --layers or --layer")
         check_choices(self)
         if self.folds not in FOLD_SCHEMES and not (re.fullmatch("[0-9]{1,9}", self.folds) and int(self.folds) > 1):
             known = f"{', '.join(FOLD_SCHEMES)}{suggest(self.folds, FOLD_SCHEMES)}"
@@ -745,9 +810,16 @@ class ScanOptions:
             raise UsageError("--folds table needs --labels FILE with a column split or fold")
         require(self.classes is None or bool(parse_emotions(self.classes)), "classes", "a list like happy,sad,angry")
 
-    def read(self, path: str | Path, model_keys: Names = ()) -> Features:
+    @property
+    def reads_layers(self) -> bool:
+        """Whether the files hold several layers, of which all or one are read."""
+        return self.layers or self.layer is not None
+
+    def read(self, path: str | Path, model_keys: Names = (), layer_axis: int | None = None) -> Features:
         """Read a file with these options; --key overrides the keys of a model."""
-        return read_features(path, self.transpose, self.nan_to_zero, (self.key,) if self.key else model_keys)
+        keys = (self.key,) if self.key else model_keys
+        layers = LayerChoice(layer_axis or 0, self.layer) if self.reads_layers else None
+        return read_features(path, self.transpose, self.nan_to_zero, keys, layers)
 
 
 def parse_emotions(text: str) -> list[str]:
@@ -800,17 +872,23 @@ class Record:
     """A file that training can use."""
 
     utterance: Utterance
-    shape: Shape  # of the array as read: (D,), (T, D) or (T * D,)
+    shape: Shape  # of the array as read: (D,), (T, D) or (T * D,); (L, D) with --layers
     key: str
     dtype: str
     crc: int
     rms: float
     bit_sum: int
     has_leading_axis: bool = False
+    n_layers: int = 1  # in the file, with --layers or --layer
 
     @property
     def file(self) -> str:
         return self.utterance.file
+
+    @property
+    def form(self) -> Shape:
+        """The shape, or that of one layer, (D,)."""
+        return self.shape[-1:] if self.n_layers > 1 else self.shape
 
 
 @dataclasses.dataclass
@@ -818,13 +896,13 @@ class Scan:
     """The result of a scan: `records` are the files that training uses, sorted by name, `findings` the others."""
 
     directory: Path
-    dim: int | None = None  # the width D
+    dim: int | None = None  # the width D of a vector, a frame or a layer
     options: ScanOptions | None = None
     records: list[Record] = dataclasses.field(default_factory=list)
     findings: list[Finding] = dataclasses.field(default_factory=list)
     notes: list[Note] = dataclasses.field(default_factory=list)
-    features: list[Array] = dataclasses.field(default_factory=list)  # (T, D) for each record, or empty
-    moments: stats.Moments | None = None  # of all frames of width D; None if they include outliers
+    features: list[Array] = dataclasses.field(default_factory=list)  # (T, D) or (L, D) for each record, or empty
+    moments: stats.Moments | None = None  # of all frames, (D,), or all layers, (L * D,); None if outliers are included
     n_ignored: int = 0  # hidden and temporary files, and the results of runs
     n_excluded: int = 0  # by --classes
     n_versions: int = 0  # left out by --no-versions
@@ -835,17 +913,25 @@ class Scan:
     stored: stats.Stored | None = None
     fingerprint: str = ""  # of the names and contents of the files that are used
     reshapes_vectors: bool = False  # whether flat vectors of T * D values are reshaped to (T, D)
+    layers: int = 1  # number L of layers that are handed on
+    layer_axis: int | None = None  # of the layers in arrays of three axes, 0 or 1; None if there are none
+    layer_guess: str = ""  # how they are read if the files do not show this axis
 
     @property
     def n_files(self) -> int:
         return len(self.records) + len(self.findings) + self.n_excluded + self.n_versions
 
     def read_again(self, record: Record) -> Array:
-        """The frames of a file, (T, D): features need not be kept."""
+        """The frames of a file, (T, D), or its layers, (L, D): features need not be kept."""
         try:
-            return self.options.read(self.directory / record.file).array.reshape(-1, self.dim)
+            features = self.options.read(self.directory / record.file, layer_axis=self.layer_axis)
+            return features.array.reshape(-1, self.dim)
         except DataError as error:
             raise UsageError(f"{record.file}: was changed during the scan: {error.reason}; start again") from None
+
+    def rows(self, record: Record) -> Array:
+        """The rows of a file that statistics are made of: its frames, (T, D), or all of its layers, (1, L * D)."""
+        return self.read_again(record).reshape(-1, self.layers * self.dim)
 
     @property
     def utterances(self) -> list[Utterance]:
@@ -1202,15 +1288,38 @@ def _statistics_width(result: Scan, shapes: Counter) -> int | None:
     """The width given by the user's statistics files; those that a run has saved bind nothing."""
     if not result.has_user_statistics:
         return None
-    width, dim = result.stored.statistics.mean.size, result.options.dim
+    layers, dim = result.stored.layers, result.options.dim
+    width = result.stored.statistics.mean.size // layers
+    if shapes and layers != result.layers:
+        found, needed = (f"({n}, D)" if n > 1 else "(D,)" for n in (layers, result.layers))
+        raise DataError("bad-statistics", f"{stats.MEAN_FILE} has shape {found}; these options need {needed}")
     found = f"{stats.MEAN_FILE} has {width} values, but"
     if dim not in (None, width):
         raise DataError("bad-statistics", f"{found} --dim is {dim}")
     # Vectors of equal length are not sequences, even if the width divides that length.
-    reshapes = dim is not None or len(shapes) > 1 or shapes.total() == 1
+    reshapes = not result.options.reads_layers and (dim is not None or len(shapes) > 1 or shapes.total() == 1)
     if shapes and all(width_fault(shape, width, reshapes) for shape in shapes):
         raise DataError("bad-statistics", f"{found} the files have shape {max(shapes, key=shapes.get)}")
     return width
+
+
+def _leave_out_other_layers(result: Scan) -> None:
+    """Keep the files with the number of layers that most have."""
+    if not result.records:
+        return
+    counts = Counter(record.n_layers for record in result.records)
+    numbers = [number for number, files in counts.items() if files == max(counts.values())]
+    if len(numbers) > 1:
+        found = " and ".join(map(str, sorted(numbers)[:5]))
+        raise UsageError(f"equally many files have {found} layers; move one kind away, or read them without --layers")
+    result.leave_out({record.file: layers_fault(record.n_layers, numbers[0]) for record in result.records})
+    if result.options.layers:
+        result.layers = numbers[0]
+
+
+def layers_fault(number: int, expected: int) -> Fault | None:
+    """Code and reason if a file has another number of layers than expected, else None."""
+    return None if number == expected else ("other-layers", f"has {number} layers, not {expected}")
 
 
 def width_fault(shape: Shape, dim: int, reshapes_vectors: bool) -> Fault | None:
@@ -1232,7 +1341,7 @@ class Scale(NamedTuple):
     """Typical size of the features, for files whose values are absurdly large or small."""
 
     rms: float  # root mean square of a file
-    dimensions: Array  # size of the values of each dimension, (D,)
+    dimensions: Array  # size of the values of each dimension, (D,) or (L * D,)
 
     def fault(self, frames: Array, rms: float) -> Fault | None:
         """Code and reason if frames, (T, D), with this RMS differ from the typical size by a factor of 1000."""
@@ -1240,7 +1349,8 @@ class Scale(NamedTuple):
             return None
         # The RMS may be that of a few huge dimensions, which vary by more than the others.
         known = self.dimensions > 0
-        ratio = np.abs(frames).mean(0, dtype=np.float64)[known] / self.dimensions[known]
+        rows = np.abs(frames).reshape(-1, known.size)
+        ratio = rows.mean(0, dtype=np.float64)[known] / self.dimensions[known]
         if known.any() and _is_near(np.median(ratio), 1):
             return None
         return "absurd-scale", f"its RMS is {rms:.3g}, the typical RMS is {self.rms:.3g}"
@@ -1419,7 +1529,10 @@ def scan(options: ScanOptions, *, keep_features: bool = False, progress: Progres
     """
     result = Scan(require_folder(options.directory), options=options)
     result.stored = stats.load(result.directory)
-    moments = _read_files(result, _list_files(result), keep_features, progress)
+    files = _list_files(result)
+    if options.reads_layers:
+        _find_layer_axis(result, options, [result.directory / file for file in files])
+    moments = _read_files(result, files, keep_features, progress)
     finalize_scan(result, moments)
     return result
 
@@ -1432,13 +1545,37 @@ def _list_files(result: Scan) -> list[str]:
     return files
 
 
+def _find_layer_axis(result: Scan, options: ScanOptions, paths: list[Path]) -> None:
+    """Determine from some of the files which axis is that of the layers, in arrays (L, T, D) or (T, L, D)."""
+    shapes = Counter()
+    for path in paths[:: 1 + len(paths) // 20]:
+        with contextlib.suppress(DataError):  # reported when all files are read
+            array, *_ = _load_array(path, (options.key,) if options.key else result.keys)
+            shapes[_without_unit_axes(array).shape] += 1
+    # The files have the number of layers in common, and not the number of frames.
+    lengths = Counter(), Counter()
+    for shape, files in shapes.items():
+        if len(shape) in (2, 3):
+            lengths[0][shape[0]] += files
+            lengths[1][shape[-2]] += files  # of (L, D) it is L again
+    known = result.layers if result.layers > 1 else None
+    first, second = (counts[known] if known else max(counts.values(), default=0) for counts in lengths)
+    if first != second:
+        result.layer_axis = int(second > first)
+    elif shape := next((shape for shape, _ in shapes.most_common() if len(shape) == 3), None):
+        if result.layer_axis is None:  # encoders return the layers first
+            result.layer_axis = int(shape[0] > MAX_LAYERS >= shape[1])
+        frames, layers = shape[1 - result.layer_axis], shape[result.layer_axis]
+        result.layer_guess = f"arrays {shape} are read as {layers} layers of {frames} frames"
+
+
 def _read_files(
     result: Scan, files: list[str], keep_features: bool, progress: Progress
-) -> dict[int, stats.RunningMoments]:
-    """Read the files into records and findings; return the moments of the frames for each width."""
+) -> dict[Shape, stats.RunningMoments]:
+    """Read the files into records and findings; return the moments of the rows of each form, (D,) or (L, D)."""
     options, folder, arena = result.options, str(result.directory), Arena()
     # The width of the set is known only after all files have been read, hence moments for each width.
-    moments: dict[int, stats.RunningMoments] = defaultdict(stats.RunningMoments)
+    moments: dict[Shape, stats.RunningMoments] = defaultdict(stats.RunningMoments)
     for number, (file, label) in enumerate(zip(files, _label_files(files, options)), 1):
         try:
             if isinstance(label, DataError):
@@ -1449,7 +1586,7 @@ def _read_files(
             if options.no_versions and label.version:
                 result.n_versions += 1
                 continue
-            features = options.read(f"{folder}{os.sep}{file}")
+            features = options.read(f"{folder}{os.sep}{file}", layer_axis=result.layer_axis)
         except DataError as error:
             result.findings.append(Finding(file, error.code, error.reason))
             continue
@@ -1458,7 +1595,8 @@ def _read_files(
         array, key, dtype, names, *values = features
         result.records.append(Record(label, array.shape, key, dtype, *values))
         result.other_arrays.update(name for name in names if name != key)
-        moments[array.shape[-1]].add(array.reshape(-1, array.shape[-1]))
+        form = array.shape if options.layers else array.shape[-1:]
+        moments[form].add(array.reshape(-1, math.prod(form)))
         if keep_features:
             result.features.append(arena.store(array))
     return moments
@@ -1472,7 +1610,8 @@ def iter_features(
     Parameters
     ----------
     result
-        Has the path, the width D, the keys, and whether flat vectors are reshaped. Findings are added to it.
+        Has the path, the width D, the layers, the keys, and whether flat vectors are reshaped. Findings are added to
+        it.
     scale
         Of the features that the model was trained on.
     merge
@@ -1481,7 +1620,7 @@ def iter_features(
     Yields
     ------
     utterance, features
-        The emotion is None if it is unknown or excluded; the features have shape (T, D).
+        The emotion is None if it is unknown or excluded; the features have shape (T, D), or (L, D) with --layers.
 
     Raises
     ------
@@ -1489,6 +1628,8 @@ def iter_features(
         If there is no such folder or file, or no NPZ or NPY file in it.
     """
     folder, files, paths = _input_files(result)
+    if options.reads_layers:
+        _find_layer_axis(result, options, [folder / file for file in files])
     for number, (file, label) in enumerate(zip(files, _label_files(paths, options, merge)), 1):
         utterance = Utterance(file, "", None, None)
         if not isinstance(label, DataError):
@@ -1503,9 +1644,13 @@ def iter_features(
 
 
 def _read_fitting(path: Path, options: ScanOptions, result: Scan, scale: Scale) -> Array:
-    """Read one file for a trained model, shape (T, D); raise a DataError if its width or scale does not fit."""
-    features = options.read(path, result.keys)
-    fault = width_fault(features.array.shape, result.dim, result.reshapes_vectors)
+    """Read one file for a trained model, (T, D) or (L, D); raise a DataError if its width or scale does not fit."""
+    features = options.read(path, result.keys, result.layer_axis)
+    shape = features.array.shape
+    if options.layers:
+        fault = layers_fault(features.n_layers, result.layers) or width_fault(shape[1:], result.dim, False)
+    else:
+        fault = width_fault(shape, result.dim, result.reshapes_vectors)
     if not fault:
         frames = features.array.reshape(-1, result.dim)
         fault = scale.fault(frames, features.rms)
@@ -1527,17 +1672,22 @@ def _input_files(result: Scan) -> tuple[Path, list[str], list[str]]:
     return path.parent, [path.name], [os.sep.join(path.absolute().parts[-3:])]
 
 
-def finalize_scan(result: Scan, moments: dict[int, stats.RunningMoments]) -> None:
+def finalize_scan(result: Scan, moments: dict[Shape, stats.RunningMoments]) -> None:
     """Determine what depends on the whole set: its width, outliers, duplicates and notes."""
     _explain_contents(result)
     _require_one_array(result)
-    shapes = Counter(record.shape for record in result.records)
-    known_width = _statistics_width(result, shapes) or result.options.dim
+    options = result.options
+    if options.reads_layers:
+        _leave_out_other_layers(result)
+    shapes = Counter(record.form for record in result.records)
+    known_width = _statistics_width(result, shapes) or options.dim
     result.dim = known_width or _majority_width(shapes)
-    result.reshapes_vectors = bool(known_width or (shapes and _confirms_width(shapes, result.dim)))
-    result.leave_out({r.file: width_fault(r.shape, result.dim, result.reshapes_vectors) for r in result.records})
+    may_reshape = not options.reads_layers and shapes
+    result.reshapes_vectors = bool(may_reshape and (known_width or _confirms_width(shapes, result.dim)))
+    result.leave_out({r.file: width_fault(r.form, result.dim, result.reshapes_vectors) for r in result.records})
     result.features = [array.reshape(-1, result.dim) for array in result.features]
-    result.moments = moments[result.dim].merged() if result.dim in moments else None
+    form = (result.layers, result.dim) if options.layers else (result.dim,)
+    result.moments = moments[form].merged() if form in moments else None
     if result.leave_out(_scale_outliers(result)):
         result.moments = None  # outliers are in them, and cannot be removed without reading the files again
     duplicates, harmless = _find_duplicates(result)
@@ -1545,6 +1695,8 @@ def finalize_scan(result: Scan, moments: dict[int, stats.RunningMoments]) -> Non
     _keep_versions_of_records(result)
     # Of the width, and of the names, shapes and checksums of the files that are used.
     listing = [str(result.dim), *(f"{record.file!r} {record.shape} {record.crc}" for record in result.records)]
+    if options.reads_layers:
+        listing.append(f"layers {result.layers}, axis {result.layer_axis}, layer {options.layer}")
     result.fingerprint = hashlib.sha256("\n".join(listing).encode()).hexdigest()[:16]
     _require_own_statistics(result)
     result.notes = sorted(_notes({"duplicate": harmless} | _observe(result)))
@@ -1570,7 +1722,7 @@ def _scale_outliers(result: Scan) -> Reasons:
     if not suspects:
         return {}
     typical = result.records[np.argsort(rms)[len(rms) // 2]]  # read again, as the suspects are
-    scale = Scale(median, np.abs(result.read_again(typical)).mean(0))
+    scale = Scale(median, np.abs(result.rows(typical)).mean(0))
     return {record.file: scale.fault(result.read_again(record), record.rms) for record in suspects}
 
 
@@ -1578,7 +1730,7 @@ def _require_own_statistics(result: Scan) -> None:
     """Raise a DataError if statistics that the user supplied are certainly of other features than these files."""
     if not result.has_user_statistics or not result.records:
         return
-    sample = [result.read_again(record) for record in result.records[:: 1 + len(result.records) // 50]]
+    sample = [result.rows(record) for record in result.records[:: 1 + len(result.records) // 50]]
     own = stats.Moments.of(np.concatenate(sample)).statistics()
     means = np.stack([frames.mean(0) for frames in sample])
     lowest = float(stats.rank_correlation(means, own.mean).min())
@@ -1668,6 +1820,7 @@ def _observe(result: Scan) -> Observations:
     found = {
         "reshaped": f"{counted(n_reshaped, 'file')}, D = {result.dim}" if n_reshaped else "",
         "leading-axis": sum(record.has_leading_axis for record in result.records),
+        "layer-axis": result.layer_guess,
         "no-checksum": sum(record.key == NPY_KEY for record in result.records),
         "other-arrays": result.other_arrays,
         "mixed-keys": keys if len(keys) > 1 else {},
@@ -1676,9 +1829,11 @@ def _observe(result: Scan) -> Observations:
         "no-speaker": Counter(utterance.corpus for utterance in utterances if utterance.speaker is None),
     }
     rows = {record.shape[0] if len(record.shape) == 2 else 1 for record in result.records}
-    if len(result.records) > 1 and len(rows) == 1 and rows != {1} and not result.options.transpose:
+    known_rows = result.options.transpose or result.options.layers
+    if len(result.records) > 1 and len(rows) == 1 and rows != {1} and not known_rows:
         read = f"{rows.pop()} rows of {result.dim} values, read as frames"
-        found["equal-length"] = f"{read}; if they are features by frames, use --transpose; if layers, save one"
+        advice = "if they are features by frames, use --transpose; if layers, --layers, or --layer K for one of them"
+        found["equal-length"] = f"{read}; {advice}"
     return found | _observe_recordings(utterances) | _observe_classes(result) | _observe_features(result)
 
 
@@ -1734,11 +1889,18 @@ def _observe_features(result: Scan) -> Observations:
             found["norm-outlier"] = f"{format_names(names)}; the median is {np.exp(np.median(log_rms)):.3g}"
     if result.moments is not None and result.moments.count >= 10:
         statistics = result.moments.statistics()
-        found["dead-dimensions"] = [str(index) for index in np.flatnonzero(statistics.constant())]
+        dead = np.flatnonzero(statistics.constant())
+        found["dead-dimensions"] = [_name_dimension(index, result) for index in dead]
         # Medians over dimensions, because dead dimensions keep their mean and have no deviation.
         if np.median(np.abs(statistics.mean)) < 0.02 and abs(np.median(statistics.std) - 1) < 0.02:
             found["already-normalised"] = f"over {int(result.moments.count)} frames"
     return found
+
+
+def _name_dimension(index: int, result: Scan) -> str:
+    """The number of a dimension, with that of its layer if there are several."""
+    layer, dimension = divmod(index, result.dim)
+    return f"{dimension} of layer {layer}" if result.layers > 1 else str(dimension)
 
 
 def require_folder(directory: str | Path) -> Path:
@@ -2006,6 +2168,8 @@ def _statistics_line(result: Scan) -> str:
 
 
 def _features_line(result: Scan) -> str:
+    if result.layers > 1:
+        return f"{counted(len(result.records), 'utterance')} of {result.layers} layers of {result.dim}"
     lengths = [math.prod(record.shape) // result.dim for record in result.records]
     forms = Counter("vector" if record.shape == (result.dim,) else "sequence" for record in result.records)
     line = " and ".join(counted(count, form) for form, count in forms.most_common())
@@ -2077,6 +2241,7 @@ def report(result: Scan) -> dict:
         "recipes": result.recipes,
         "notes": [note._asdict() | {"meaning": NOTES[note.code]} for note in result.notes],
         "dim": result.dim,
+        "layers": result.layers,
         **{
             field: {str(value): count for value, count in result.count(field).items()}
             for field in ("corpus", "emotion", "speaker", "gender", "intensity", "key", "dtype", "shape")

@@ -420,7 +420,7 @@ class RunningMoments:
 
 
 class Statistics(NamedTuple):
-    """Mean and standard deviation of each feature, float32, shape (D,)."""
+    """Mean and standard deviation of each feature, float32, shape (D,); flat, (L * D,), for several layers."""
 
     mean: np.ndarray
     std: np.ndarray
@@ -444,6 +444,7 @@ class Stored(NamedTuple):
     statistics: Statistics
     user_supplied: bool
     fingerprint: str | None  # of the data they were computed from; None if they were supplied by the user
+    layers: int = 1  # number L; the statistics of several layers are flat, (L * D,)
 
 
 def _parse_statistic(name: str, blob: bytes) -> np.ndarray:
@@ -451,10 +452,10 @@ def _parse_statistic(name: str, blob: bytes) -> np.ndarray:
         array = npy_array(blob)
     except DataError as error:
         raise DataError("bad-statistics", f"{name}: {error.reason}") from None
-    if array.ndim == 2 and 1 in array.shape:  # (1, D) or (D, 1), as with keepdims=True
-        array = array.reshape(-1)
-    if array.ndim != 1 or not array.size:
-        reason = f"{name} has shape {array.shape}; one number per feature, shape (D,), is needed"
+    if array.ndim in (2, 3):  # (1, D), (D, 1) or (1, L, D), as with keepdims=True
+        array = np.atleast_1d(array.squeeze())
+    if array.ndim not in (1, 2) or not array.size:
+        reason = f"{name} has shape {array.shape}; one number per feature, shape (D,) or (L, D), is needed"
         raise DataError("bad-statistics", reason)
     with np.errstate(over="ignore"):  # a float64 beyond the range of float32 becomes Inf and is counted below
         array = array.astype(np.float32)
@@ -500,10 +501,21 @@ def _load(folder: Path) -> Stored | None:
         raise DataError("bad-statistics", f"{computed} was computed here and {foreign} was not; {advice}")
     mean, std = (_parse_statistic(name, blobs[name]) for name in (MEAN_FILE, STD_FILE))
     if mean.shape != std.shape:
-        raise DataError("bad-statistics", f"{MEAN_FILE} has {mean.size} numbers and {STD_FILE} has {std.size}")
+        raise DataError("bad-statistics", f"{MEAN_FILE} has shape {mean.shape} and {STD_FILE} has {std.shape}")
     if (std < 0).any():
         raise DataError("bad-statistics", f"{STD_FILE} holds {(std < 0).sum()} negative values")
-    return Stored(Statistics(mean, std), not ours, manifest["fingerprint"] if ours else None)
+    statistics = Statistics(mean.reshape(-1), std.reshape(-1))
+    layers = len(mean) if mean.ndim == 2 else 1
+    return Stored(statistics, not ours, manifest["fingerprint"] if ours else None, layers)
+
+
+def pair_bytes(statistics: Statistics, layers: int = 1) -> dict[str, bytes]:
+    """The two files of statistics by name; their arrays have shape (D,), or (L, D) with several layers."""
+    shape = (layers, -1) if layers > 1 else (-1,)
+    return {
+        MEAN_FILE: npy_bytes(statistics.mean.reshape(shape)),
+        STD_FILE: npy_bytes(statistics.std.reshape(shape)),
+    }
 
 
 def _read_file(path: Path) -> bytes:
@@ -526,7 +538,7 @@ def _read_manifest(folder: Path) -> dict:
         raise DataError("bad-statistics", f"{MANIFEST_FILE} is damaged; {advice}") from None
 
 
-def save(folder: Path, statistics: Statistics, fingerprint: str) -> bool:
+def save(folder: Path, statistics: Statistics, fingerprint: str, layers: int = 1) -> bool:
     """Save the pair and its manifest; False if the user's own, even half of a pair, are in the folder by now.
 
     An old pair of ours is removed first, then the manifest is written with the hashes of the files to come, then the
@@ -534,7 +546,7 @@ def save(folder: Path, statistics: Statistics, fingerprint: str) -> bool:
     statistics are computed again. If the manifest came last, a crash just before it would leave a pair that looks like
     the user's own.
     """
-    blobs = {MEAN_FILE: npy_bytes(statistics.mean), STD_FILE: npy_bytes(statistics.std)}
+    blobs = pair_bytes(statistics, layers)
     hashes = {name: _sha256(blob) for name, blob in blobs.items()}
     manifest = {MANIFEST_FILE: json_bytes({"sha256": hashes, "fingerprint": fingerprint})}
     with _locked(folder, (*blobs, MANIFEST_FILE)):

@@ -173,7 +173,7 @@ def test_an_equal_number_of_rows_in_all_files_is_noted(tmp_path):
 
 
 def test_layers_of_sequences_are_recognised(tmp_path):
-    with pytest.raises(stats.DataError, match=r"\(13, 4, 8\): perhaps 13 layers"):
+    with pytest.raises(stats.DataError, match=r"\(13, 4, 8\), perhaps the layers of an encoder: use --layers"):
         read_features(write(tmp_path / "x.npz", emb=numbers(13, 4, 8)))
 
 
@@ -1107,6 +1107,75 @@ def test_a_single_transposed_sequence_is_left_out(tmp_path):
         named(tmp_path, k, emb=numbers(*((8, 3) if k == 2 else (3, 8)), seed=k))
     result = scan(tmp_path)
     assert [(finding.file[-6:], finding.code) for finding in result.findings] == [("03.npz", "transposed")]
+
+
+# --- all layers of an encoder ---
+
+LAYERS = [numbers(3, 9 + k, 8, seed=k) for k in range(4)]  # (L, T, D) of four files, L = 3, D = 8
+
+
+def write_layers(folder, change, **arrays):
+    """Write the changed layers of each file."""
+    folder.mkdir(exist_ok=True)
+    for k, layers in enumerate(LAYERS):
+        named(folder, k, hidden_states=change(layers), **arrays)
+    return folder
+
+
+def means(layers):
+    return layers.mean(1, dtype=np.float64).astype(np.float32)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        means,
+        lambda x: means(x)[None],
+        lambda x: means(x)[:, None],
+        lambda x: x,
+        lambda x: x[None],
+        lambda x: x[:, None],  # the layers of a batch of one, stacked
+        lambda x: x.transpose(1, 0, 2),
+        lambda x: x.transpose(1, 0, 2)[None],
+    ],
+    ids=["(L, D)", "(1, L, D)", "(L, 1, D)", "(L, T, D)", "(1, L, T, D)", "(L, 1, T, D)", "(T, L, D)", "(1, T, L, D)"],
+)
+def test_layers_are_read_in_every_form_and_their_frames_averaged(tmp_path, change):
+    folder = write_layers(tmp_path / "data", change, pitch=numbers(5))
+    for key in (None, "hidden_states"):
+        result = scan(folder, keep_features=True, layers=True, key=key)
+        assert (result.findings, result.layers, result.dim) == ([], 3, 8)
+        for features, record, layers in zip(result.features, result.records, LAYERS, strict=True):
+            assert features.dtype == np.float32
+            np.testing.assert_array_equal(features, means(layers))
+            np.testing.assert_array_equal(result.read_again(record), features)
+        for number in (1, -2):
+            one = scan(folder, keep_features=True, layer=number, key=key)
+            assert (one.findings, one.layers, one.dim) == ([], 1, 8)
+            np.testing.assert_array_equal(one.features, [means(layers)[[number]] for layers in LAYERS])
+    assert "features     4 utterances of 3 layers of 8" in "\n".join(check_data.summary(result))
+
+
+def test_an_array_without_the_layers_asked_for_is_left_out(tmp_path):
+    folder = write_layers(tmp_path / "data", means)
+    named(folder, 4, hidden_states=numbers(8))
+    named(folder, 5, hidden_states=numbers(2, 3, 4, 8))
+    named(folder, 6, hidden_states=numbers(4, 8))
+    result = scan(folder, layers=True)
+    assert result.left_out() == {"no-layers": 2, "other-layers": 1}
+    assert result.findings[2].reason == "has 4 layers, not 3"
+    assert scan(folder, layer=2).left_out() == {"no-layers": 2, "other-layers": 1}
+    assert scan(folder, layer=3).left_out() == {"no-layers": 6}
+    assert scan(folder, layer=-4).left_out() == {"no-layers": 6}
+
+
+@pytest.mark.parametrize("change", [lambda x: x[:, :9], lambda x: x.transpose(1, 0, 2)[:9]])
+def test_layers_and_frames_of_equal_numbers_in_all_files_are_assumed_to_be_layers_by_frames(tmp_path, change):
+    result = scan(write_layers(tmp_path / "data", change), layers=True)
+    first, second, width = change(LAYERS[0]).shape
+    expected = f"arrays ({first}, {second}, {width}) are read as {first} layers of {second} frames"
+    assert check_data.Note("layer-axis", expected) in result.notes
+    assert result.layers == first
 
 
 # --- labels given by the user ---

@@ -861,14 +861,23 @@ def test_a_kill_at_any_call_leaves_old_new_or_none_and_the_next_save_cleans_up(t
 @pytest.mark.parametrize(
     ("mean", "std", "reason"),
     [
-        (np.zeros(3), np.ones(4), "wav2vec_mean.npy has 3 numbers and wav2vec_std.npy has 4"),
+        (np.zeros(3), np.ones(4), "wav2vec_mean.npy has shape (3,) and wav2vec_std.npy has (4,)"),
+        (np.zeros((2, 3)), np.ones(6), "wav2vec_mean.npy has shape (2, 3) and wav2vec_std.npy has (6,)"),
         (
-            np.zeros((2, 3)),
+            np.zeros((2, 3, 4)),
             np.ones(3),
-            "wav2vec_mean.npy has shape (2, 3); one number per feature, shape (D,), is needed",
+            "wav2vec_mean.npy has shape (2, 3, 4); one number per feature, shape (D,) or (L, D), is needed",
         ),
-        (np.zeros(()), np.ones(3), "wav2vec_mean.npy has shape (); one number per feature, shape (D,), is needed"),
-        (np.zeros(0), np.ones(0), "wav2vec_mean.npy has shape (0,); one number per feature, shape (D,), is needed"),
+        (
+            np.zeros(()),
+            np.ones(3),
+            "wav2vec_mean.npy has shape (); one number per feature, shape (D,) or (L, D), is needed",
+        ),
+        (
+            np.zeros(0),
+            np.ones(0),
+            "wav2vec_mean.npy has shape (0,); one number per feature, shape (D,) or (L, D), is needed",
+        ),
         (np.array([0, np.nan, -np.inf]), np.ones(3), "wav2vec_mean.npy holds 2 values that are NaN or Inf"),
         (np.array([0, 1e300, 0]), np.ones(3), "wav2vec_mean.npy holds 1 values that are NaN or Inf"),
         (np.zeros(3), np.array([1, np.inf, 1]), "wav2vec_std.npy holds 1 values that are NaN or Inf"),
