@@ -131,8 +131,8 @@ deploy() { # ARGUMENT... of train.py
             *) case $previous in
                 --out) out=$argument ;;
                 --labels | --predict) send "$argument" ;;
-                '' | [!-]* | --*=* | --transpose | --nan-to-zero | \
-                    --fresh | --no-compile-cache | --recompute-stats | --require-gpu | --no-versions)
+                '' | [!-]* | --*=* | --transpose | --nan-to-zero | --no-versions | --new-speakers | \
+                    --fresh | --overwrite | --no-compile-cache | --recompute-stats | --require-gpu)
                     send "$argument" && directory=$there ;;
             esac ;;
         esac
@@ -341,7 +341,8 @@ report() {
     gpu | sed 's/^/GPU: /'
     lines=$({
         for word in device: epoch; do ! fresh train.log || sed -n "/^$word /p" current/train.log | tail -n 1; done
-        ! fresh metrics.json ||
+        # that of an earlier start is shown only where the run was finished already
+        { [ "$status" -ne 0 ] && ! fresh metrics.json; } || [ ! -e current/metrics.json ] ||
             sed -n 's/^  "\(ua\|wa\|macro_f1\|chance_ua\)": \([0-9]*\.[0-9]\{1,4\}\).*/\1 \2/p' current/metrics.json
         tail -c 20000 current/remote.log | tail -n 10 | cut -c 1-300
     } | tr '\000' '?')

@@ -151,7 +151,8 @@ class Config(check_data.ScanOptions):
     clip: float = option(1.0, "maximum global norm of the gradient", "training")
     precision: str = option("float32", "precision of matrix products", "training", ("float32", "bfloat16"))
     sweep: int = option(1, "number of settings to train: that of the other options, and random ones", "training")
-    fresh: bool = option(False, "start over even if the results folder holds an unfinished run", "output")
+    fresh: bool = option(False, "start over even if the results folder holds this run, finished or not", "output")
+    overwrite: bool = option(False, "replace a finished run on other data or with other options", "output")
     no_compile_cache: bool = option(False, "do not cache the compiled program for later runs", "output")
     recompute_stats: bool = option(False, "recompute the statistics in DIR, unless you supplied them", "output")
     require_gpu: bool = option(False, "exit with status 2 and the reason if no GPU can be used", "training")
@@ -183,6 +184,11 @@ class Config(check_data.ScanOptions):
         require(0 <= self.seed < 2**32, "seed", "from 0 to 4294967295")
 
 
+#: Options on which the results of a run do not depend.
+HARMLESS = (
+    *("directory", "out", "predict", "new_speakers", "compare", "fuse", "format", "fresh", "overwrite"),
+    *("no_compile_cache", "recompute_stats", "require_gpu"),
+)
 TRAINING_OPTIONS = [
     field.name for field in dataclasses.fields(Config)[1:] if field.metadata["group"] in ("split", "training")
 ]
@@ -230,7 +236,7 @@ def run_training(config: Config) -> int:
     log_unused(config, "without --predict", ["new_speakers"])
     log_unused(config, "without --compare", ["format"])
     directory = check_data.require_folder(config.directory)
-    path = Path(config.out or Path("runs") / (directory.resolve().name or "data"))
+    path = Path(config.out) if config.out else default_folder(directory)
     check_output_folder(path, directory)
     # Buffers the log until the data are known to be usable: a run that cannot start must not replace the log of one
     # that could.
@@ -238,10 +244,12 @@ def run_training(config: Config) -> int:
     run_log.setLevel(logging.INFO)
     log.addHandler(run_log)
     try:
-        with RunFolder(path) as run:
+        with RunFolder(path, directory) as run:
             with live_log():
                 outcome = train_and_score(config, run, run_log)
-            if is_primary():
+            if outcome is None:
+                show_finished(path)
+            elif is_primary():
                 try:
                     save_run(run, *outcome)
                 finally:  # a full disk must not take the scores with it
@@ -254,8 +262,18 @@ def run_training(config: Config) -> int:
     return 0
 
 
-def train_and_score(config: Config, run: "RunFolder", run_log: logging.handlers.MemoryHandler) -> tuple:
-    """Do all of a run but saving: scan, experiment, outcome of training, and metrics."""
+def default_folder(directory: Path) -> Path:
+    """runs/<name of DIR>; if that holds the run of another DIR of this name, with a digest of the path behind it."""
+    path = Path("runs") / (directory.resolve().name or "data")
+    own = path.with_name(f"{path.name}-{folder_digest(directory)[:6]}")
+    if not own.exists() and is_run_of(path, directory):
+        return path
+    log.info(f"results: in {printable(str(own))}; {printable(str(path))} is of another folder of this name, or was")
+    return own
+
+
+def train_and_score(config: Config, run: "RunFolder", run_log: logging.handlers.MemoryHandler) -> tuple | None:
+    """Do all of a run but saving: scan, experiment, outcome of training, and metrics; None if it is finished."""
     started = time.perf_counter()
     device = start_device(config)
     scan = scan_features(config, run.path)
@@ -265,11 +283,15 @@ def train_and_score(config: Config, run: "RunFolder", run_log: logging.handlers.
     split = make_split(dataset, config)
     stored, to_save = choose_statistics(scan, dataset, config)
     experiment = Experiment(config, dataset, split, stored)
-    epochs_done = run.find_checkpoint(run_identity(experiment, scan.fingerprint), config.fresh)
+    identity = run_identity(experiment, scan.fingerprint)
+    epochs_done = run.find_checkpoint(identity, config.fresh)
+    finished = from_primary(np.array(run.is_finished(config, identity)))
+    if to_save and is_primary() and not stats.save(scan.directory, stored.statistics, scan.fingerprint):
+        log.info("statistics: files appeared in DIR during the scan; they are neither used nor replaced")
+    if finished and not epochs_done and not config.fresh:
+        return None
     if is_primary():
         begin_log(run_log, run.path / "train.log", append=epochs_done > 0)
-        if to_save and not stats.save(scan.directory, stored.statistics, scan.fingerprint):
-            log.info("statistics: files appeared in DIR during the scan; they are neither used nor replaced")
     log_split(split)
     again = "the same command without --fresh" if config.fresh else "the same command"
     log.info(f"this run may be stopped at any time: {again} resumes it from its last checkpoint")
@@ -301,6 +323,16 @@ def show_report(metrics: dict, page: Path, log_file) -> None:
     sys.stdout.flush()
     with contextlib.suppress(OSError):
         log_file.write(report_text(metrics, page, log_file))
+
+
+def show_finished(run: Path) -> None:
+    """Show the scores of a finished run again."""
+    log.info(f"FINISHED: {printable(str(run))} holds this run, with the scores below; --fresh does it again")
+    try:
+        text = report_text(read_json(run / "metrics.json"), run / "report.html", sys.stdout)
+    except (LookupError, TypeError, ValueError, AttributeError):
+        raise UsageError(f"{run}: metrics.json is damaged; --fresh does the run again") from None
+    sys.stdout.write(text)
 
 
 def begin_log(run_log: logging.handlers.MemoryHandler, path: Path, append: bool) -> None:
@@ -412,20 +444,30 @@ def live_log():
 
 
 def check_output_folder(run: Path, directory: Path) -> None:
-    """Keep results out of the features, and away from files that are not of a run on the same data."""
-    data = None
+    """Keep results out of the features, and out of folders that hold anything but a run."""
     config = read_json(run / "config.json", MAX_DESCRIPTION)
-    if "format" in config:
-        data = config.get("data")
-    unfinished = (run / "lock").is_file() and (run / "train.log").is_file() and not os.path.lexists(run / "config.json")
-    check_folder(
-        run,
-        directory,
-        (*PREDICTIONS, *RUN_FILES, stats.MEAN_FILE, stats.STD_FILE),
-        is_ours=unfinished or data is not None,
-    )
-    if data not in (None, str(directory.resolve())):
-        raise UsageError(f"{run} holds the results for {data}; choose another --out, or remove them")
+    is_ours = "format" in config
+    if not os.path.lexists(run / "config.json"):  # unfinished
+        is_ours = (run / "lock").is_file() and (run / "train.log").is_file()
+    if not is_ours and holds_predictions(run):
+        raise UsageError(f"{run} holds predictions, and no run; choose another --out")
+    files = sorted(os.listdir(run)) if run.is_dir() else []
+    own = ("lock", "remote.log")  # of a run that has hardly begun
+    check_folder(run, directory, [file for file in files if file not in own and not file.startswith(".")], is_ours)
+
+
+def folder_digest(directory: Path) -> str:
+    return hashlib.sha256(os.fsencode(directory.resolve())).hexdigest()[:12]
+
+
+def is_run_of(run: Path, directory: Path) -> bool:
+    """Whether a folder holds no run of another DIR, finished or not."""
+    if data := read_json(run / "config.json", MAX_DESCRIPTION).get("data"):
+        return data == str(directory.resolve())
+    lock = b""
+    with contextlib.suppress(stats.DataError):
+        lock = stats.read_bytes(run / "lock", 100)
+    return lock.split()[1:] in ([], [folder_digest(directory).encode()])
 
 
 def read_json(path: Path, limit: int = MAX_MODEL) -> dict:
@@ -436,7 +478,7 @@ def read_json(path: Path, limit: int = MAX_MODEL) -> dict:
     return content if isinstance(content, dict) else {}
 
 
-def check_folder(out: Path, features: Path, files: tuple[str, ...], is_ours: bool) -> None:
+def check_folder(out: Path, features: Path, files: Iterable[str], is_ours: bool) -> None:
     """Refuse an output folder that is none, is among the features, or has such files that are not ours."""
     if not os.path.lexists(out):
         return
@@ -448,7 +490,7 @@ def check_folder(out: Path, features: Path, files: tuple[str, ...], is_ours: boo
         raise UsageError(f"--out {out} is the feature folder, or contains features; choose another")
     found = [file for file in files if os.path.lexists(out / file)]
     if found and not is_ours:
-        raise UsageError(f"{out} holds a {found[0]} that is not of this program; choose another --out")
+        raise UsageError(f"{out} holds {found[0]}, which is not of this program; choose another --out")
 
 
 def package_versions(packages=("jax", "flax", "optax", "numpy")) -> dict[str, str]:
@@ -1801,7 +1843,7 @@ def save_run(run: "RunFolder", scan: check_data.Scan, experiment: Experiment, tr
     model = stats.npz_bytes({"mean": final.mean[0], "scale": final.scale[0]} | params)
     # After a kill between two renames, or if files of two runs are mixed, they do not belong together.
     digests = {"statistics": final.statistics_digest, "model": hashlib.sha256(model).hexdigest()}
-    config = describe_model(scan, experiment, trained) | {"model": digests["model"]}
+    config = describe_model(scan, experiment, trained) | {"identity": run.identity["data"], "model": digests["model"]}
     artifacts = {
         "config.json": stats.json_bytes(config),
         "history.csv": stats.csv_bytes(trained.history),
@@ -1811,7 +1853,8 @@ def save_run(run: "RunFolder", scan: check_data.Scan, experiment: Experiment, tr
         "model.npz": model,
     }
     artifacts |= prediction_files(out_of_fold(experiment, trained), digests)
-    artifacts |= score_files(metrics)  # metrics.json is renamed last: it marks a complete run
+    # metrics.json is renamed last: it marks a complete run.
+    artifacts |= score_files(metrics | {"model": digests["model"]})
     run.path.mkdir(parents=True, exist_ok=True)  # it may have been moved away meanwhile
     stats.write_files(run.path, artifacts)
     run.clear()  # last: until here a kill only repeats the end of the run
@@ -2340,9 +2383,9 @@ class RunFolder:
 
     CHECKPOINTS = ("checkpoint-0.npz", "checkpoint-1.npz")
 
-    def __init__(self, path: Path | None):
-        self.path = path
-        self._identity: dict = {}
+    def __init__(self, path: Path | None, directory: Path | None = None):
+        self.path, self.directory = path, directory
+        self.identity: dict = {}
         self._found = None  # description and arrays of the checkpoint to resume from
         self._next_file = 0  # of the two, the one that does not hold the newest checkpoint
         self._started = time.monotonic()
@@ -2353,7 +2396,7 @@ class RunFolder:
     def __enter__(self) -> "RunFolder":
         self._is_new = not self.path.exists()
         self.path.mkdir(parents=True, exist_ok=True)
-        self._lock = lock_folder(self.path) if is_primary() else None
+        self._lock = lock_folder(self.path, self.directory) if is_primary() else None
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -2369,7 +2412,7 @@ class RunFolder:
 
         A UsageError is raised if it is of another run, or if there are only damaged ones.
         """
-        self._identity = identity
+        self.identity = identity
         if fresh:
             self.clear()
         newest, damaged = 0, []
@@ -2388,6 +2431,25 @@ class RunFolder:
         if newest:
             check_same_run(self.path, self._found[0], identity)
         return newest
+
+    def is_finished(self, config: Config, identity: dict) -> bool:
+        """Whether the folder holds this run, complete; a UsageError is raised if it holds another finished one."""
+        stored = read_json(self.path / "config.json", MAX_DESCRIPTION) if is_primary() else {}
+        if not stored:
+            return False
+        options, data, found = stored.get("options"), stored.get("identity"), ["it is of another version or kind"]
+        if isinstance(options, dict) and isinstance(data, dict):
+            there = {"options": comparable_options(options), "data": data}
+            found = differences(identity, there, "the finished run")
+        if not found:  # its scores are there too, unless a kill came between
+            return read_json(self.path / "metrics.json").get("model", "") == stored.get("model")
+        if config.overwrite:
+            return False
+        here, there = str(Path(config.directory).resolve()), stored.get("data")
+        if here != there:  # then it is no news that the data differ
+            found = [f"DIR is {here} here, {there} in the finished run", *(text for text in found if text[:2] == "--")]
+        advice = "Choose another --out, or replace it with --overwrite"
+        raise UsageError(f"{self.path} holds another, finished run: {'; '.join(found)}. {advice}")
 
     def resume(self, start: Progress) -> Progress:
         """The progress in the checkpoint that was found, or `start`, which also has the form of every array."""
@@ -2427,7 +2489,7 @@ class RunFolder:
 
     def _save(self, progress: Progress, split: Split) -> None:
         """Write a checkpoint and history.csv. If that fails, it is reported once and the run continues."""
-        description = {"epoch": progress.epoch, "identity": self._identity, "environment": environment()}
+        description = {"epoch": progress.epoch, "identity": self.identity, "environment": environment()}
         arrays = named_leaves(by_member(progress.state, progress.history))
         # As an array, so that a CRC-32 covers it too.
         arrays["description"] = np.frombuffer(json.dumps(description).encode(), np.uint8)
@@ -2507,21 +2569,7 @@ def environment():
 def run_identity(experiment: Experiment, fingerprint: str) -> dict:
     """What two runs must share for one to resume from a checkpoint of the other; the split follows from it."""
     config, dataset, _, stored = experiment
-    options = dataclasses.asdict(config)
-    for name in (
-        "directory",
-        "out",
-        "predict",
-        "new_speakers",
-        "compare",
-        "fuse",
-        "format",
-        "fresh",
-        "no_compile_cache",
-        "recompute_stats",
-        "require_gpu",
-    ):
-        del options[name]  # the results do not depend on them
+    options = comparable_options(dataclasses.asdict(config))
     labels = [f"{u.file!r} {u.emotion!r} {u.speaker!r} {u.split or ''}".rstrip() for u in dataset.utterances]
     digests = {
         "files and their contents": fingerprint.encode(),
@@ -2530,23 +2578,33 @@ def run_identity(experiment: Experiment, fingerprint: str) -> dict:
     }
     data = {"training program": TRAINING_VERSION, "utterances": len(dataset.label)}
     data |= {name: hashlib.sha256(blob).hexdigest()[:16] for name, blob in digests.items()}
-    options = {check_data.option_flag(name): value for name, value in options.items()}
     return json.loads(json.dumps({"options": options, "data": data}))  # as it is read back from a file
 
 
-def check_same_run(run: Path, description: dict, identity: dict) -> None:
-    """Refuse the checkpoint of another run, and name only what differs; warn where only the last digits may.
+def comparable_options(options: dict) -> dict:
+    """The options on which the results depend, by their flags."""
+    return {check_data.option_flag(name): value for name, value in options.items() if name not in HARMLESS}
+
+
+def differences(here: dict, there: dict, run: str) -> list[str]:
+    """What differs between the identities of two runs, up to three of it; there belongs to `run`.
 
     Options come first: other options often mean other utterances too, and then those are not the cause.
     """
     for part in ("options", "data"):
-        here, there = identity[part], description["identity"][part]
-        names = [name for name in {**there, **here} if there.get(name) != here.get(name)]
+        ours, theirs = here[part], there[part]
+        names = [name for name in {**theirs, **ours} if theirs.get(name) != ours.get(name)]
         if names:
-            shown = [f"{name} is {here.get(name)} here, {there.get(name)} in the unfinished run" for name in names[:3]]
-            more = f"; {len(names) - 3} more" if len(names) > 3 else ""
-            found = f"{run} holds another, unfinished run: {'; '.join(shown)}{more}"
-            raise UsageError(f"{found}. Finish it, choose another --out, or start over with --fresh")
+            shown = [f"{name} is {ours.get(name)} here, {theirs.get(name)} in {run}" for name in names[:3]]
+            return shown + [f"{len(names) - 3} more"] * (len(names) > 3)
+    return []
+
+
+def check_same_run(run: Path, description: dict, identity: dict) -> None:
+    """Refuse the checkpoint of another run, and name only what differs; warn where only the last digits may."""
+    if found := differences(identity, description["identity"], "the unfinished run"):
+        advice = "Finish it, choose another --out, or start over with --fresh"
+        raise UsageError(f"{run} holds another, unfinished run: {'; '.join(found)}. {advice}")
     here = environment()
     for name, there in description["environment"].items():
         if there != here.get(name):
@@ -2573,24 +2631,29 @@ def open_own(path: Path) -> int:
     return descriptor
 
 
-def lock_folder(run: Path):
-    """Lock a folder for this process, or raise a UsageError that names the other one; a lock ends with its process."""
+def lock_folder(run: Path, directory: Path | None = None):
+    """Lock a folder for this process, or raise a UsageError that names the other one; a lock ends with its process.
+
+    The file has the number of the process and the digest of DIR, for `default_folder`.
+    """
     if fcntl is None:
         return None
     lock = open_own(run / "lock")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        pid = os.read(lock, 20).decode("ascii", "replace").strip()
+        pid = os.read(lock, 20).decode("ascii", "replace").partition("\n")[0].strip()
         raise UsageError(f"{run} is in use by another run, process {pid}") from None
     except OSError as error:  # a file system without locks
         log.warning(f"lock: not available here ({error.strerror}); do not start a second run on this folder")
-    if not re.fullmatch(rb"\d*\n?", os.read(lock, 20)):
+    if not re.fullmatch(rb"\d*\n?([0-9a-f]{12}\n)?", os.read(lock, 100)):
         os.close(lock)
         raise UsageError(f"{run / 'lock'} is not of this program; choose another --out")
     with contextlib.suppress(OSError):  # on a full disk a second run cannot name this one, but is still refused
         os.truncate(lock, 0)
         os.write(lock, f"{os.getpid()}\n".encode())
+        if directory is not None:
+            os.write(lock, f"{folder_digest(directory)}\n".encode())
     return lock
 
 
@@ -2794,10 +2857,14 @@ def check_prediction_folder(out: Path, features: Path, run: Path) -> None:
         raise UsageError(f"{out} holds the results of a training run; choose another --out")
     if any(part.is_symlink() for part in (out, *out.parents) if run in part.parents):
         raise UsageError(f"{out}: the model's folder has a link there; remove it, or choose another --out")
-    is_ours = False
+    check_folder(out, features, PREDICTIONS, holds_predictions(out))
+
+
+def holds_predictions(folder: Path) -> bool:
+    """Whether a folder has a predictions.csv of this program."""
     with contextlib.suppress(stats.DataError):
-        is_ours = stats.read_bytes(out / "predictions.csv").startswith(b"file,utterance,corpus,speaker,label,fold,")
-    check_folder(out, features, PREDICTIONS, is_ours)
+        return stats.read_bytes(folder / "predictions.csv").startswith(b"file,utterance,corpus,speaker,label,fold,")
+    return False
 
 
 def check_statistics(model: Model, given: Path) -> None:
@@ -2856,7 +2923,7 @@ def evaluate_transfer(model: Model, scored: Predictions, notes: list[str]) -> di
     if absent := [name for name in scored.classes if name not in labels]:
         notes.append(f"no scored file is {', '.join(absent)}, but answers may be; --classes leaves classes out")
     metrics = evaluate(scored, TRANSFER, True, "of the model's training data", notes)
-    return metrics | {"trained_on": list(model.corpora)}
+    return metrics | {"trained_on": list(model.corpora), "model": model.digests["model"]}
 
 
 def save_prediction(

@@ -188,8 +188,17 @@ def test_a_run_resumes_on_another_number_of_devices(place, tmp_path, jax_stack, 
     use(after)
     assert train.main([*arguments]) == 0
     resumed = {name: (tmp_path / "run" / name).read_bytes() for name in IDENTICAL}
-    assert train.main([*arguments]) == 0
+    assert train.main([*arguments, "--fresh"]) == 0
     assert {name: (tmp_path / "run" / name).read_bytes() for name in IDENTICAL} == resumed
+
+
+def test_a_fresh_start_of_a_finished_run_is_resumed_without_fresh(place, tmp_path, caplog):
+    caplog.set_level("INFO", "train")
+    run = shutil.copytree(place / "unbroken", tmp_path / "run")
+    interrupt(2, place / "data", "--out", run, *OPTIONS, "--fresh")
+    assert run_again(place, run) == 0
+    assert "RESUMING from epoch 8" in caplog.text
+    assert results(run) == results(place / "unbroken")
 
 
 # --- checkpoints that cannot be used ---

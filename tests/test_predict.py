@@ -613,7 +613,7 @@ def test_prediction_replaces_no_file_of_another_program(trained, tmp_path, name,
     out.mkdir()
     (out / name).write_text("file,score\n")
     assert predict(trained / "data", trained / "first", out) == 2
-    assert "that is not of this program" in caplog.messages[-1] or "feature folder" in caplog.messages[-1]
+    assert "which is not of this program" in caplog.messages[-1] or "feature folder" in caplog.messages[-1]
     assert [path.read_text() for path in out.iterdir()] == ["file,score\n"]
     (out / name).unlink()
     assert predict(trained / "data", trained / "first", out) == 1

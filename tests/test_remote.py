@@ -229,6 +229,11 @@ def test_the_real_scripts_train_there_go_on_after_an_end_and_the_model_comes_bac
     assert "RESUMING from epoch" in (sides.run / "remote.log").read_text()
     for line in ("finished", "epoch 60/60  loss ", "ua 0."):
         assert f"\n{line}" in followed.stdout
+    sides.deploy(*command)
+    again = sides.call("monitor", "gpu", "-f")
+    assert again.returncode == 0, again.stdout
+    assert "\nua 0." in again.stdout
+    assert "FINISHED: " in (sides.run / "remote.log").read_text()
     before = listing(sides.home)
     assert sides.call("download", "gpu", "got").returncode == 0
     assert listing(sides.home) == before

@@ -419,15 +419,124 @@ def test_statistics_supplied_by_the_user_are_never_overwritten(tmp_path, jax_sta
     assert (np.load(data / stats.MEAN_FILE) == 0).all()
 
 
-def test_results_are_not_mixed_with_features_or_with_those_of_other_data(trained, tmp_path, caplog):
-    before = {path.name: path.read_bytes() for path in (trained / "first").iterdir()}
-    other = write_sample(tmp_path / "other", actors=2, dim=24)
-    assert train.main([str(other), "--out", str(trained / "first"), *FAST]) == 2
-    assert "holds the results for" in caplog.messages[-1]
-    assert train.main([str(other), "--out", str(other), *FAST]) == 2
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "lock"}
+
+
+def test_results_are_not_mixed_with_features(sample, caplog):
+    assert train.main([str(sample), "--out", str(sample), *FAST]) == 2
     assert "is the feature folder" in caplog.messages[-1]
-    assert not (other / "lock").exists()
-    assert {path.name: path.read_bytes() for path in (trained / "first").iterdir()} == before
+    assert not (sample / "lock").exists()
+
+
+# --- a finished run ---
+
+
+def test_a_finished_run_is_shown_again_and_stays_as_it_is(trained, monkeypatch, capsys, caplog):
+    caplog.set_level("INFO", "train")
+    run, before = trained / "first", contents(trained / "first")
+    monkeypatch.setattr(train, "train", None)
+    harmless = ("--no-compile-cache", "--overwrite")
+    assert train.main([str(trained / "data"), "--out", str(run), *FAST, *harmless]) == 0
+    assert f"FINISHED: {run} holds this run, with the scores below; --fresh does it again" in caplog.text
+    output = capsys.readouterr().out
+    assert f"{json.loads(before['metrics.json'])['ua']:.4f}" in output
+    assert output.splitlines()[-1] == f"report    {run / 'report.html'}"
+    assert contents(run) == before
+
+
+def test_a_finished_run_is_done_again_with_fresh(trained, tmp_path):
+    run = shutil.copytree(trained / "first", tmp_path / "run")
+    (run / "predictions.csv").write_text("damaged")
+    assert train.main([str(trained / "data"), "--out", str(run), *FAST, "--fresh"]) == 0
+    assert (run / "predictions.csv").read_bytes() == (trained / "first" / "predictions.csv").read_bytes()
+
+
+def test_a_finished_run_with_other_options_is_replaced_only_with_overwrite(trained, tmp_path, caplog):
+    run = shutil.copytree(trained / "first", tmp_path / "run")
+    before, other = contents(run), (*FAST, "--seeds", "1", "--epochs", "2")
+    for more in ((), ("--fresh",)):
+        assert train.main([str(trained / "data"), "--out", str(run), *other, *more]) == 2
+        differing = "--seeds is 1 here, 2 in the finished run; --epochs is 2 here, 12 in the finished run"
+        advice = "Choose another --out, or replace it with --overwrite"
+        assert caplog.messages[-1] == f"train.py: {run} holds another, finished run: {differing}. {advice}"
+        assert contents(run) == before
+    assert train.main([str(trained / "data"), "--out", str(run), *other, "--overwrite"]) == 0
+    assert json.loads((run / "config.json").read_text())["options"]["seeds"] == 1
+
+
+def test_a_finished_run_on_other_data_is_replaced_only_with_overwrite(trained, tmp_path, caplog):
+    run, data = trained / "first", write_sample(tmp_path / "other", actors=2, dim=24)
+    before = contents(run)
+    assert train.main([str(data), "--out", str(run), *FAST]) == 2
+    differing = f"holds another, finished run: DIR is {data} here, {trained / 'data'} in the finished run. Choose"
+    assert differing in caplog.messages[-1]
+    copy = shutil.copytree(trained / "data", tmp_path / "data")
+    assert train.main([str(copy), "--out", str(run), *FAST]) == 0  # the same files elsewhere
+    next(copy.glob("ravdess*.npz")).unlink()
+    assert train.main([str(copy), "--out", str(run), *FAST, "--seeds", "1"]) == 2
+    assert "--seeds is 1 here, 2 in the finished run. Choose" in caplog.messages[-1]
+    assert contents(run) == before
+
+
+def test_a_run_whose_scores_are_of_another_is_not_finished(trained, tmp_path):
+    """A kill between two renames leaves a new config.json and an old metrics.json."""
+    run = shutil.copytree(trained / "first", tmp_path / "run")
+    metrics = json.loads((run / "metrics.json").read_text())
+    (run / "metrics.json").write_text(json.dumps(metrics | {"model": "0" * 64, "ua": 0}))
+    assert train.main([str(trained / "data"), "--out", str(run), *FAST]) == 0
+    assert json.loads((run / "metrics.json").read_text())["ua"] == metrics["ua"]
+
+
+def test_damaged_scores_of_a_finished_run_are_named_in_one_line(trained, tmp_path, caplog):
+    run = shutil.copytree(trained / "first", tmp_path / "run")
+    model = json.loads((run / "config.json").read_text())["model"]
+    (run / "metrics.json").write_text(json.dumps({"model": model}))
+    assert train.main([str(trained / "data"), "--out", str(run), *FAST]) == 2
+    assert caplog.messages[-1] == f"train.py: {run}: metrics.json is damaged; --fresh does the run again"
+
+
+@pytest.mark.parametrize("change", [{"identity": None}, {"options": None}, {"format": 5, "identity": 1}])
+def test_a_finished_run_of_another_version_is_not_replaced(trained, tmp_path, caplog, change):
+    run = shutil.copytree(trained / "first", tmp_path / "run")
+    config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps(config | change))
+    assert train.main([str(trained / "data"), "--out", str(run), *FAST]) == 2
+    assert "holds another, finished run: it is of another version or kind. Choose" in caplog.messages[-1]
+
+
+def test_two_folders_of_one_name_have_different_results_folders(tmp_path, monkeypatch, caplog):
+    caplog.set_level("INFO", "train")
+    monkeypatch.chdir(tmp_path)
+    one, two = tmp_path / "one" / "data", tmp_path / "two" / "data"
+    assert train.default_folder(one) == train.default_folder(two) == train.Path("runs/data")
+    train.Path("runs").mkdir()
+    with train.RunFolder(train.Path("runs/data"), one) as run:  # unfinished
+        (run.path / "train.log").write_text("")
+        assert train.default_folder(one) == run.path
+        other = train.default_folder(two)
+    assert other.parent == run.path.parent and other.name.startswith("data-")
+    assert f"results: in {other}; runs/data is of another folder of this name" in caplog.messages[-1]
+    (run.path / "lock").unlink()
+    (run.path / "config.json").write_text(json.dumps({"data": str(one)}))  # finished
+    assert (train.default_folder(one), train.default_folder(two)) == (run.path, other)
+    other.mkdir()
+    shutil.rmtree(run.path)
+    assert train.default_folder(two) == other  # as long as its results are there
+
+
+def test_a_folder_that_holds_anything_but_a_run_is_refused(trained, tmp_path, caplog):
+    out = tmp_path / "out"
+    for name in (".hidden", "thesis.txt"):
+        out.mkdir(exist_ok=True)
+        (out / name).write_text("mine")
+    with pytest.raises(check_data.UsageError, match=r"holds thesis\.txt, which is not of this"):
+        train.check_output_folder(out, trained / "data")
+    (out / "thesis.txt").unlink()
+    train.check_output_folder(out, trained / "data")
+    assert train.main([str(trained / "data"), "--predict", str(trained / "first"), "--out", str(out)]) == 1
+    with pytest.raises(check_data.UsageError, match="holds predictions, and no run; choose another --out"):
+        train.check_output_folder(out, trained / "data")
 
 
 @pytest.mark.parametrize("name", ["config.json", "history.csv", "predictions.csv", "metrics.json", stats.MEAN_FILE])
@@ -437,7 +546,7 @@ def test_a_run_replaces_no_file_of_another_program(trained, tmp_path, name, cont
     out.mkdir()
     (out / name).write_text(content)
     assert train.main([str(trained / "data"), "--out", str(out), *FAST]) == 2
-    assert f"holds a {name} that is not of" in caplog.messages[-1]
+    assert f"holds {name}, which is not of" in caplog.messages[-1]
     assert [path.read_text() for path in out.iterdir()] == [content]
 
 
@@ -451,7 +560,6 @@ def test_results_are_not_written_among_features(trained, tmp_path, caplog):
             train.check_output_folder(out, data)
     train.check_output_folder(data / "new", data)
     train.check_output_folder(trained / "first", trained / "data")
-    train.check_output_folder(tmp_path, data)
 
 
 def test_a_full_disk_at_the_end_does_not_take_the_scores_with_it(trained, tmp_path, monkeypatch, capsys, caplog):
