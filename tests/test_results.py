@@ -592,7 +592,7 @@ def test_results_are_never_replaced_by_a_fusion(tmp_path, two, caplog):
     assert "or of other runs" in refusal(caplog, "--fuse", *two, "--out", tmp_path / "fused")
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign" / "report.html").write_text("mine")
-    assert "that is not of this program" in refusal(caplog, "--fuse", *two, "--out", tmp_path / "foreign")
+    assert "which is not of this program" in refusal(caplog, "--fuse", *two, "--out", tmp_path / "foreign")
     assert "--fuse needs --out" in refusal(caplog, "--fuse", *two)
     assert "is the same run" in refusal(caplog, "--fuse", good, f"{good}/../good", "--out", tmp_path / "new")
     (poor / "config.json").write_text("{}")
