@@ -834,6 +834,15 @@ def _student_p(t: float, freedom: int) -> float:
     return min(max(1 - inside, 0.0), 1.0)
 
 
+def _one_sided_p(gain: np.ndarray) -> float:
+    """Probability that a sum over G speakers is so far above 0 by chance; `gain`, (G,), is that of each speaker."""
+    groups, total = len(gain), gain.sum()
+    if groups < 2 or total <= 0:
+        return 1.0
+    error = math.sqrt(groups * gain.var(ddof=1))  # of the sum
+    return _student_p(total / max(error, 1e-12), groups - 1) / 2
+
+
 def group_scores(names: list, counts: Counts) -> dict[str, dict[str, float]]:
     """Number of utterances `n` and scores of each group, by its name."""
     columns = {"n": counts.labelled.sum(1)} | counts.scores()
@@ -1063,8 +1072,9 @@ def _best_weight(logits: list[np.ndarray], label: list[np.ndarray], weights: tup
 
 #: The lowest probability in a fusion: no run can exclude a class, however sure it is.
 MIN_PROBABILITY = 1e-12
+JOINING_P = 0.1  # how significant a gain must be
 FUSION_SHARES = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)  # of a run that joins others
-FUSION_TEMPERATURES = tuple(1.1**step for step in range(-6, 4))  # to choose from: 0.56 to 1.33
+FUSION_TEMPERATURES = tuple(1.2**step for step in range(-9, 3))  # to choose from: 0.19 to 1.44
 
 
 def complete_probabilities(probability: np.ndarray, known: np.ndarray) -> np.ndarray:
@@ -1107,9 +1117,9 @@ def fit_fusion(probability: np.ndarray, present: np.ndarray, label: np.ndarray, 
     """Choose weights and temperature of a fusion of R runs by its class-balanced cross-entropy.
 
     It starts from the best run. In each step another run joins, with the share and the temperature that give the lowest
-    loss, if this lowers the loss by more than one standard error over the speakers. That is the rule of one standard
-    error (Breiman and others 1984): without it, runs without information and copies of a run would get a weight by
-    chance, and the fusion would often be worse than its best run. One run alone keeps its calibration.
+    loss, if the gain is significant over the speakers (one-sided, p below `JOINING_P`). Otherwise runs without
+    information and copies of a run would get a weight by chance, and a fusion would often be worse than its best run.
+    One run alone keeps its calibration.
 
     `probability` has shape (R, N, C) and `present` (R, N); `label`, (N,), is the class of each utterance, `speaker`,
     (N,), the name of its speaker.
@@ -1139,9 +1149,7 @@ def fit_fusion(probability: np.ndarray, present: np.ndarray, label: np.ndarray, 
             for part in FUSION_SHARES
         ]
         new_loss, new = min(map(best_temperature, joined), key=total_loss)
-        gain = np.bincount(speaker, loss - new_loss)
-        error = math.sqrt(len(gain) * gain.var(ddof=1)) if len(gain) > 1 else math.inf  # of their sum
-        if gain.sum() <= error:
+        if _one_sided_p(np.bincount(speaker, loss - new_loss)) > JOINING_P:
             break
         loss, best = new_loss, new
     return best
