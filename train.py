@@ -3243,12 +3243,12 @@ class Fusion(NamedTuple):
 
 def run_fusion(config: Config) -> int:
     """Fuse the out-of-fold answers of some runs, and save and show the results like those of a run."""
-    log_unused(config, "with --fuse", all_options_but("fuse", "out"))
+    log_unused(config, "with --fuse", all_options_but("fuse", "out", "overwrite"))
     runs, out = [load_results(Path(name)) for name in config.fuse], Path(config.out)
-    check_fusion_folder(out, runs)
+    check_fusion_folder(config, runs)
     predictions, weights, metrics = fuse_runs(runs)
     fusion = describe_fusion(runs, predictions.classes, weights)
-    metrics |= {"fused": list(fusion.runs), "weights": list(fusion.weights)}
+    metrics |= {"fused": list(fusion.runs), "weights": list(fusion.weights), "model": fusion.digests["model"]}
     metrics |= provenance(config, package_versions(["numpy"]))
     description = {"format": ARTIFACT_VERSION, "version": check_data.VERSION, "fusion": fusion._asdict()}
     description |= {"model": fusion.digests["model"], "options": dataclasses.asdict(config)}
@@ -3389,18 +3389,19 @@ def describe_fusion(runs: list[Results], classes: tuple[str, ...], weights: stat
     return Fusion(classes, corpora, speakers, names, models, tuple(weights.weights.tolist()), weights.temperature)
 
 
-def check_fusion_folder(out: Path, runs: list[Results]) -> None:
-    """Keep the results of a fusion away from those of its runs, from other runs, and from files of other programs."""
-    folders = [os.path.realpath(run.name) for run in runs]
+def check_fusion_folder(config: Config, runs: list[Results]) -> None:
+    """Refuse one run that is given twice, and results that are not those of a fusion of the same runs."""
+    out, folders = Path(config.out), [os.path.realpath(run.name) for run in runs]
     models = [str(run.arrays["model"]) for run in runs]
     for number, run in enumerate(runs):
         if models[number] in models[:number] or folders[number] in folders[:number]:
             raise UsageError(f"{run.name} is the same run as one before it")
-    description = read_json(out / "config.json", MAX_DESCRIPTION)
-    fused = description["fusion"].get("models") if isinstance(description.get("fusion"), dict) else None
-    if os.path.realpath(out) in folders or (description and fused != models):
-        raise UsageError(f"{out} holds the results of another run, or of other runs; choose another --out")
-    check_folder(out, Path(runs[0].name), (*PREDICTIONS, *RUN_FILES), is_ours=fused == models)
+    check_output_folder(out, Path(runs[0].name))
+    held = read_json(out / "config.json", MAX_DESCRIPTION).get("fusion")
+    if not isinstance(held, dict) and any(os.path.lexists(out / file) for file in ("config.json", "train.log")):
+        raise UsageError(f"{out} holds the results of a run; choose another --out")
+    if held and held.get("models") != models and not config.overwrite:
+        raise UsageError(f"{out} holds a fusion of other runs; choose another --out, or replace it with --overwrite")
 
 
 def load_fusion(run: Path) -> Fusion:

@@ -44,7 +44,12 @@ def write_results(folder, skill=1.0, seed=0, utterances=None, classes=tuple(CODE
     metrics = train.evaluate(predictions, "4", True, "of the training speakers", []) | changed
     folder.mkdir()
     model = f"SHA-256 of {folder.name}"
-    config = {"model": model, "speakers": sorted({*speaker.tolist()}), "corpora": ["ravdess"]}
+    config = {
+        "format": train.ARTIFACT_VERSION,
+        "model": model,
+        "speakers": sorted({*speaker.tolist()}),
+        "corpora": ["ravdess"],
+    }
     files = train.prediction_files(predictions, {"model": model, "statistics": "s"})
     files |= {"metrics.json": stats.json_bytes(metrics), "config.json": stats.json_bytes(config)}
     stats.write_files(folder, files)
@@ -359,7 +364,8 @@ def test_a_fusion_has_what_a_run_has(fused, two, capsys):
         ):
             np.testing.assert_array_equal(arrays[name], array)
     assert (
-        metrics.keys() - {"fused", "weights", "settings", "command", "version", "versions"} == metrics_of(two[0]).keys()
+        metrics.keys() - {"fused", "weights", "model", "settings", "command", "version", "versions"}
+        == metrics_of(two[0]).keys()
     )
     assert metrics["groups"]["gender"]["male"]["n"] == 48
     assert metrics["ua"] > max(metrics_of(run)["ua"] for run in two)
@@ -583,16 +589,28 @@ def test_runs_without_a_common_utterance_are_refused(tmp_path, two, caplog):
     )
 
 
-def test_results_are_never_replaced_by_a_fusion(tmp_path, two, caplog):
+def test_other_results_are_never_replaced_by_a_fusion(tmp_path, two, capsys, caplog):
     good, poor = two
-    assert "holds the results of another run" in refusal(caplog, "--fuse", *two, "--out", poor)
     third = write_results(tmp_path / "third")
-    assert "holds the results of another run" in refusal(caplog, "--fuse", *two, "--out", third)
-    assert train.main(["--fuse", str(good), str(third), "--out", str(tmp_path / "fused")]) == 0
-    assert "or of other runs" in refusal(caplog, "--fuse", *two, "--out", tmp_path / "fused")
-    (tmp_path / "foreign").mkdir()
-    (tmp_path / "foreign" / "report.html").write_text("mine")
-    assert "which is not of this program" in refusal(caplog, "--fuse", *two, "--out", tmp_path / "foreign")
+    began, foreign = tmp_path / "began", tmp_path / "foreign"
+    for folder, files in ((began, ("lock", "train.log")), (foreign, ("report.html",))):
+        folder.mkdir()
+        for file in files:
+            (folder / file).write_text("")
+    predictions = write_predictions(tmp_path / "predictions", good, utterances_of())
+    for out in (poor, third, began):
+        assert "holds the results of a run; choose another --out" in refusal(caplog, "--fuse", *two, "--out", out)
+    assert "holds predictions" in refusal(caplog, "--fuse", *two, "--out", predictions)
+    assert "which is not of this program" in refusal(caplog, "--fuse", *two, "--out", foreign)
+    fuse(capsys, good, third, out=tmp_path / "fused")
+    line = refusal(caplog, "--fuse", *two, "--out", tmp_path / "fused")
+    assert line.endswith("holds a fusion of other runs; choose another --out, or replace it with --overwrite")
+    assert train.main(["--fuse", *map(str, two), "--out", str(tmp_path / "fused"), "--overwrite"]) == 0
+    assert metrics_of(tmp_path / "fused")["fused"] == [str(good), str(poor)]
+
+
+def test_folders_that_cannot_be_fused_are_refused(tmp_path, two, caplog):
+    good, poor = two
     assert "--fuse needs --out" in refusal(caplog, "--fuse", *two)
     assert "is the same run" in refusal(caplog, "--fuse", good, f"{good}/../good", "--out", tmp_path / "new")
     (poor / "config.json").write_text("{}")
