@@ -764,7 +764,7 @@ NOTES = {
 
 
 #: Values of --folds besides numbers.
-FOLD_SCHEMES = (*emotions.SCHEMES, "leave-one-speaker-out", "table")
+FOLD_SCHEMES = (*emotions.SCHEMES, "leave-one-speaker-out", "leave-one-corpus-out", "table")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -2022,6 +2022,13 @@ def assign_folds(options: ScanOptions, utterances: list[Utterance], label: Array
         if number < int(scheme):
             notes.append(f"--folds {scheme} was reduced to {number}: there are {number} speakers")
         fold = stats.balanced_blocks(stats.numbered(speaker), label, number, seed)
+    elif scheme == "leave-one-corpus-out":
+        fold, found = _corpus_folds(utterances)
+        if all(utterance.corpus in emotions.CORPORA for utterance in utterances):
+            # No speaker is in two corpora, known or not.
+            speaker = np.array([utterance.speaker or f"{utterance.corpus}:unknown" for utterance in utterances])
+            independent, notes = True, []
+        notes += found
     elif speaker is recording:
         raise UsageError(f"--folds {scheme} needs file names that identify speakers; use --folds 5")
     elif scheme == "leave-one-speaker-out":
@@ -2055,6 +2062,23 @@ def _name_speakers(utterances: list[Utterance], recording: Array) -> tuple[Array
         note += f", those of one recording together ({len(recording)} files of {counted(count, 'recording')})"
     note += "; the scores are NOT speaker-independent and are optimistic"
     return recording, False, [note]
+
+
+def _corpus_folds(utterances: list[Utterance]) -> tuple[Array, list[str]]:
+    """The fold of each utterance, one for each corpus, and a note on classes that only one corpus has."""
+    corpora = defaultdict(set)
+    for utterance in utterances:
+        corpora[utterance.emotion].add(utterance.corpus)
+    names = sorted(set().union(*corpora.values()))
+    if len(names) < 2:
+        advice = "for corpora in a table of your own, number them in its column fold and use --folds table"
+        raise UsageError(f"--folds leave-one-corpus-out needs files of two corpora; all are of {names[0]}; {advice}")
+    fold = np.array([names.index(utterance.corpus) for utterance in utterances])
+    single = ", ".join(f"{emotion} ({min(found)})" for emotion, found in sorted(corpora.items()) if len(found) == 1)
+    notes = [
+        f"tested without having been trained on, because one corpus alone has it: {single}; use --classes or --merge"
+    ]
+    return fold, notes if single else []
 
 
 def _official_folds(scheme: str, speaker: Array) -> tuple[Array, list[Array], int]:

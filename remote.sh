@@ -131,7 +131,7 @@ deploy() { # ARGUMENT... of train.py
             *) case $previous in
                 --out) out=$argument ;;
                 --labels | --predict) send "$argument" ;;
-                '' | [!-]* | --*=* | --transpose | --nan-to-zero | --no-versions | --new-speakers | \
+                '' | [!-]* | --*=* | --transpose | --nan-to-zero | --no-versions | --layers | --new-speakers | \
                     --fresh | --overwrite | --no-compile-cache | --recompute-stats | --require-gpu)
                     send "$argument" && directory=$there ;;
             esac ;;

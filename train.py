@@ -135,7 +135,7 @@ class Config(check_data.ScanOptions):
         "output",
         metavar="RUN",
     )
-    format: str = option("terminal", "form of the tables of --compare", "output", FORMATS)
+    format: str = option("terminal", "form of the tables of a comparison", "output", FORMATS)
     seeds: int = option(5, "models per fold, each with other validation speakers; their logits are averaged", "split")
     seed: int = option(0, "random seed", "split")
     epochs: int = option(40, "maximum epochs", "training")
@@ -685,6 +685,8 @@ def untrained_classes(dataset: Dataset, split: Split):
     for fold in range(split.folds):
         trained = split.train[split.members(fold)].any(0)
         missing = set(dataset.label[split.fold == fold]) - set(dataset.label[trained])
+        if split.scheme == "leave-one-corpus-out":  # its classes that no other corpus has are noted
+            missing &= set(dataset.label[split.fold != fold])
         if missing:
             names = ", ".join(dataset.classes[label] for label in sorted(missing))
             notes.append(f"fold {fold + 1} tests {names} without having trained on it: too few speakers have it")

@@ -119,7 +119,8 @@ def test_both_programs_have_the_version_of_the_changelog(program, capsys):
     assert ended.value.code == 0
     assert capsys.readouterr().out.endswith(f" {check_data.VERSION}\n")
     changelog = (ROOT / "CHANGELOG.md").read_text()
-    assert re.search(r"^## (\S+)", changelog, re.MULTILINE)[1] == check_data.VERSION
+    versions = re.findall(r"^## (\S+)", changelog, re.MULTILINE)
+    assert next(version for version in versions if version != "Unreleased") == check_data.VERSION
 
 
 def test_options_without_effect_are_noted(caplog):
@@ -329,6 +330,48 @@ def test_folds_of_an_official_scheme_without_speakers_are_skipped():
 def test_leave_one_speaker_out_tests_each_speaker_alone():
     split = split_of(many_speakers(6), folds="leave-one-speaker-out")
     assert [split.speakers(split.fold == fold) for fold in range(6)] == [[f"ravdess:0{n}"] for n in range(1, 7)]
+
+
+def of_two_corpora(first, second, emotions_of_second=("happy", "sad", "angry")):
+    """Six files of each of some speakers of RAVDESS and of some of another corpus; None is an unknown one."""
+    classes = ("happy", "sad", "angry", "calm")
+    utterances = [
+        emotions.Utterance(f"{corpus}{number:03d}", corpus, words[number % 3], speaker and f"{corpus}:{speaker}")
+        for corpus, speakers, words in (("ravdess", first, classes[:3]), ("mesd", second, emotions_of_second))
+        for number, speaker in enumerate(speakers * 6)
+    ]
+    label = np.array([classes.index(utterance.emotion) for utterance in utterances])
+    return train.Dataset(np.zeros((len(label), 2)), np.ones(len(label)), label, classes, utterances, None)
+
+
+def test_leave_one_corpus_out_tests_each_corpus_alone():
+    dataset = of_two_corpora(["01", "02", "03"], ["a", "b"])
+    split = split_of(dataset, folds="leave-one-corpus-out")
+    corpora = np.array([utterance.corpus for utterance in dataset.utterances])
+    assert [set(corpora[split.fold == fold]) for fold in range(split.folds)] == [{"mesd"}, {"ravdess"}]
+    assert (split.independent, split.notes) == (True, [])
+
+
+@pytest.mark.parametrize(("first", "second"), [(["01", "02", "03"], [None]), (["01"], [None]), ([None], [None])])
+def test_corpora_share_no_speaker_even_if_their_names_have_none(first, second):
+    split = split_of(of_two_corpora(first, second), folds="leave-one-corpus-out")
+    assert (split.folds, split.independent) == (2, True)
+    assert set(split.notes) == {"only one training speaker remains: validation uses the same speaker"}
+    dataset = of_two_corpora(first, second)
+    own = [dataclasses.replace(u, corpus=u.corpus.replace("mesd", "folder")) for u in dataset.utterances]
+    assert not split_of(dataset._replace(utterances=own), folds="leave-one-corpus-out").independent
+
+
+def test_a_class_that_one_corpus_alone_has_is_noted_once():
+    dataset = of_two_corpora(["01", "02", "03"], ["a", "b", "c"], ("happy", "sad", "calm"))
+    (note,) = split_of(dataset, folds="leave-one-corpus-out").notes
+    found = "because one corpus alone has it: angry (ravdess), calm (mesd)"
+    assert note == f"tested without having been trained on, {found}; use --classes or --merge"
+
+
+def test_leave_one_corpus_out_needs_two_corpora():
+    with pytest.raises(check_data.UsageError, match="needs files of two corpora; all are of ravdess"):
+        split_of(many_speakers(6), folds="leave-one-corpus-out")
 
 
 @pytest.mark.parametrize("folds", ["1", "0", "-3", "five", "emobox-cremad"])
