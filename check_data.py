@@ -730,7 +730,7 @@ REMEDIES = dict.fromkeys(_DAMAGED, "copy it again, or extract its features again
     "duplicate-speaker": "find out which speaker is right and remove the other file",
     "transposed": "save it as (T, D), or transpose all sequences with --transpose",
     "other-width": "extract all features with one encoder, or choose a width with --dim",
-    "other-layers": "extract all features with one encoder",
+    "other-layers": "extract all features with one encoder; sequences (T, D) are read without --layers and --layer",
     "overflow": "its features are of another kind or damaged; extract them again",
     "other-encoder": "extract it with the encoder that the model was trained with",
     "several-rows": "save one vector for each utterance, as in the training data",
@@ -929,9 +929,14 @@ class Scan:
         except DataError as error:
             raise UsageError(f"{record.file}: was changed during the scan: {error.reason}; start again") from None
 
+    @property
+    def form(self) -> Shape:
+        """The shape of what statistics are made of: a vector or frame, (D,), or several layers, (L, D)."""
+        return (self.layers, self.dim) if self.layers > 1 else (self.dim,)
+
     def rows(self, record: Record) -> Array:
-        """The rows of a file that statistics are made of: its frames, (T, D), or all of its layers, (1, L * D)."""
-        return self.read_again(record).reshape(-1, self.layers * self.dim)
+        """The frames of a file, (T, D), or its layers as one row, (1, L * D)."""
+        return self.read_again(record).reshape(-1, math.prod(self.form))
 
     @property
     def utterances(self) -> list[Utterance]:
@@ -1288,16 +1293,12 @@ def _statistics_width(result: Scan, shapes: Counter) -> int | None:
     """The width given by the user's statistics files; those that a run has saved bind nothing."""
     if not result.has_user_statistics:
         return None
-    layers, dim = result.stored.layers, result.options.dim
-    width = result.stored.statistics.mean.size // layers
-    if shapes and layers != result.layers:
-        found, needed = (f"({n}, D)" if n > 1 else "(D,)" for n in (layers, result.layers))
-        raise DataError("bad-statistics", f"{stats.MEAN_FILE} has shape {found}; these options need {needed}")
+    width, dim = result.stored.shape[-1], result.options.dim
     found = f"{stats.MEAN_FILE} has {width} values, but"
     if dim not in (None, width):
         raise DataError("bad-statistics", f"{found} --dim is {dim}")
     # Vectors of equal length are not sequences, even if the width divides that length.
-    reshapes = not result.options.reads_layers and (dim is not None or len(shapes) > 1 or shapes.total() == 1)
+    reshapes = dim is not None or len(shapes) > 1 or shapes.total() == 1
     if shapes and all(width_fault(shape, width, reshapes) for shape in shapes):
         raise DataError("bad-statistics", f"{found} the files have shape {max(shapes, key=shapes.get)}")
     return width
@@ -1305,13 +1306,11 @@ def _statistics_width(result: Scan, shapes: Counter) -> int | None:
 
 def _leave_out_other_layers(result: Scan) -> None:
     """Keep the files with the number of layers that most have."""
-    if not result.records:
-        return
     counts = Counter(record.n_layers for record in result.records)
     numbers = [number for number, files in counts.items() if files == max(counts.values())]
     if len(numbers) > 1:
         found = " and ".join(map(str, sorted(numbers)[:5]))
-        raise UsageError(f"equally many files have {found} layers; move one kind away, or read them without --layers")
+        raise UsageError(f"equally many files have {found} layers; {REMEDIES['other-layers']}")
     result.leave_out({record.file: layers_fault(record.n_layers, numbers[0]) for record in result.records})
     if result.options.layers:
         result.layers = numbers[0]
@@ -1566,7 +1565,8 @@ def _find_layer_axis(result: Scan, options: ScanOptions, paths: list[Path]) -> N
         if result.layer_axis is None:  # encoders return the layers first
             result.layer_axis = int(shape[0] > MAX_LAYERS >= shape[1])
         frames, layers = shape[1 - result.layer_axis], shape[result.layer_axis]
-        result.layer_guess = f"arrays {shape} are read as {layers} layers of {frames} frames"
+        read = f"arrays {shape} are read as {layers} layers of {frames} frames"
+        result.layer_guess = f"{read}; if they are not, save the mean over frames, (L, D)"
 
 
 def _read_files(
@@ -1677,17 +1677,16 @@ def finalize_scan(result: Scan, moments: dict[Shape, stats.RunningMoments]) -> N
     _explain_contents(result)
     _require_one_array(result)
     options = result.options
-    if options.reads_layers:
-        _leave_out_other_layers(result)
     shapes = Counter(record.form for record in result.records)
     known_width = _statistics_width(result, shapes) or options.dim
     result.dim = known_width or _majority_width(shapes)
     may_reshape = not options.reads_layers and shapes
     result.reshapes_vectors = bool(may_reshape and (known_width or _confirms_width(shapes, result.dim)))
     result.leave_out({r.file: width_fault(r.form, result.dim, result.reshapes_vectors) for r in result.records})
+    if options.reads_layers and result.records:
+        _leave_out_other_layers(result)
     result.features = [array.reshape(-1, result.dim) for array in result.features]
-    form = (result.layers, result.dim) if options.layers else (result.dim,)
-    result.moments = moments[form].merged() if form in moments else None
+    result.moments = moments[result.form].merged() if result.form in moments else None
     if result.leave_out(_scale_outliers(result)):
         result.moments = None  # outliers are in them, and cannot be removed without reading the files again
     duplicates, harmless = _find_duplicates(result)
@@ -1730,6 +1729,10 @@ def _require_own_statistics(result: Scan) -> None:
     """Raise a DataError if statistics that the user supplied are certainly of other features than these files."""
     if not result.has_user_statistics or not result.records:
         return
+    if result.stored.shape != result.form:
+        advice = "those of --layers have a row for each layer, all others none"
+        found = f"{stats.MEAN_FILE} has shape {result.stored.shape}, not {result.form}"
+        raise DataError("bad-statistics", f"{found}: {advice}")
     sample = [result.rows(record) for record in result.records[:: 1 + len(result.records) // 50]]
     own = stats.Moments.of(np.concatenate(sample)).statistics()
     means = np.stack([frames.mean(0) for frames in sample])
@@ -2199,7 +2202,8 @@ def _features_line(result: Scan) -> str:
     line = " and ".join(counted(count, form) for form, count in forms.most_common())
     if "sequence" in forms:
         line += f" of {format_range(lengths)} frames"
-    return f"{line}, width {result.dim}"
+    one = f", layer {result.options.layer} of {result.records[0].n_layers}" if result.options.layer is not None else ""
+    return f"{line}, width {result.dim}{one}"
 
 
 def findings_report(result: Scan, limit: int | None = 20) -> Iterator[str]:

@@ -392,6 +392,7 @@ class RunningMoments:
     """
 
     _BATCH = 256  # frames
+    _MAX_VALUES = 1 << 22  # in a batch: those of all layers of an encoder are many
 
     def __init__(self):
         self._parts: list[Moments] = []
@@ -402,7 +403,7 @@ class RunningMoments:
         """Add frames of shape (T, D)."""
         self._waiting.append(frames)
         self._rows += len(frames)
-        if self._rows >= self._BATCH:
+        if self._rows >= self._BATCH or self._rows * frames.shape[1] >= self._MAX_VALUES:
             self._merge()
 
     def _merge(self) -> None:
@@ -444,7 +445,13 @@ class Stored(NamedTuple):
     statistics: Statistics
     user_supplied: bool
     fingerprint: str | None  # of the data they were computed from; None if they were supplied by the user
-    layers: int = 1  # number L; the statistics of several layers are flat, (L * D,)
+    layers: int = 1  # number L of layers in the files
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of each file: (D,), or (L, D) for several layers."""
+        width = self.statistics.mean.size // self.layers
+        return (self.layers, width) if self.layers > 1 else (width,)
 
 
 def _parse_statistic(name: str, blob: bytes) -> np.ndarray:

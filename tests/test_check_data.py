@@ -167,6 +167,7 @@ def test_an_equal_number_of_rows_in_all_files_is_noted(tmp_path):
         named(tmp_path, k, hidden_states=numbers(5, 20, seed=k))
     (note,) = [note for note in scan(tmp_path).notes if note.code == "equal-length"]
     assert note.text.startswith("5 rows of 20 values, read as frames; ")
+    assert note.text.endswith("if layers, --layers, or --layer K for one of them")
     assert "equal-length" not in codes_of_notes(scan(tmp_path, transpose=True))
     named(tmp_path, 3, hidden_states=numbers(6, 20))
     assert "equal-length" not in codes_of_notes(scan(tmp_path))
@@ -1173,9 +1174,187 @@ def test_an_array_without_the_layers_asked_for_is_left_out(tmp_path):
 def test_layers_and_frames_of_equal_numbers_in_all_files_are_assumed_to_be_layers_by_frames(tmp_path, change):
     result = scan(write_layers(tmp_path / "data", change), layers=True)
     first, second, width = change(LAYERS[0]).shape
-    expected = f"arrays ({first}, {second}, {width}) are read as {first} layers of {second} frames"
-    assert check_data.Note("layer-axis", expected) in result.notes
+    (note,) = [note.text for note in result.notes if note.code == "layer-axis"]
+    assert note.startswith(f"arrays ({first}, {second}, {width}) are read as {first} layers of {second} frames; ")
     assert result.layers == first
+
+
+def test_the_axis_that_most_files_share_is_that_of_the_layers(tmp_path):
+    folder = write_layers(tmp_path / "data", lambda x: x.transpose(1, 0, 2))
+    square = numbers(3, 3, 8)  # as many frames as layers
+    named(folder, 4, hidden_states=square)
+    named(folder, 5, hidden_states=numbers(3, 4, 8))  # layers first, of which it has as many as others have frames
+    write(folder / "a.npz", hidden_states=numbers(7, 7, 8))
+    result = scan(folder, keep_features=True, layers=True)
+    assert result.layers == 3
+    np.testing.assert_array_equal(result.features[4], square.mean(0, dtype=np.float64).astype(np.float32))
+    assert [finding.code for finding in result.findings] == ["unknown-name", "other-layers"]
+    assert "layer-axis" not in codes_of_notes(result)
+
+
+@pytest.mark.parametrize("first", [51, 2])
+def test_an_axis_of_more_layers_than_encoders_have_is_that_of_the_frames(tmp_path, first):
+    for k in range(3):
+        named(tmp_path, k, hidden_states=numbers(first, 3, 4, seed=k))
+    assert scan(tmp_path, layers=True).layers == (3 if first == 51 else 2)
+
+
+def test_two_numbers_of_layers_in_equally_many_files_are_no_basis_for_a_choice(tmp_path):
+    for k in range(4):
+        named(tmp_path, k, hidden_states=numbers(4 + k % 2, 8, seed=k))
+    for options in ({"layers": True}, {"layer": 0}):
+        with pytest.raises(check_data.UsageError, match=r"equally many files have 4 and 5 layers; .* --layers"):
+            scan(tmp_path, **options)
+
+
+def test_the_width_of_a_layer_is_that_of_most_files_or_chosen(tmp_path):
+    for k in range(4):
+        named(tmp_path, k, hidden_states=numbers(3 + k // 2, 8 + k // 2, seed=k))
+    with pytest.raises(check_data.UsageError, match="width 8 and 9; choose one with --dim"):
+        scan(tmp_path, layers=True)
+    result = scan(tmp_path, layers=True, dim=9)
+    assert (result.layers, result.dim, result.left_out()) == (4, 9, {"other-width": 2})
+    for k in range(4):
+        named(tmp_path, k, hidden_states=numbers(3, (8, 8, 9, 10)[k], seed=k))
+    assert scan(tmp_path, layers=True).left_out() == {"other-width": 2}
+
+
+def test_a_layer_as_wide_as_two_of_the_chosen_width_is_not_cut(tmp_path):
+    for k in range(3):
+        named(tmp_path, k, hidden_states=numbers(3, 8, seed=k))
+    assert scan(tmp_path, layer=1, dim=4).left_out() == {"other-width": 3}
+
+
+def test_values_that_cannot_be_used_are_found_in_every_layer_that_is_read(tmp_path):
+    folder = write_layers(tmp_path / "data", lambda x: x)
+    layers = LAYERS[0].copy()
+    layers[2, 4, 5] = np.nan
+    named(folder, 4, hidden_states=layers)
+    layers = LAYERS[1].copy()
+    layers[2] = 7
+    named(folder, 5, hidden_states=layers)
+    result = scan(folder, layers=True)
+    assert [(finding.code, finding.reason) for finding in result.findings] == [
+        ("not-finite", "1 of 216 values are NaN or Inf, the first at (2, 4, 5)"),
+        ("constant", "all 8 values of layer 2 are 7: the feature extraction failed"),
+    ]
+    assert scan(folder, layers=True, nan_to_zero=True).left_out() == {"constant": 1}
+    assert scan(folder, layer=-1).left_out() == {"not-finite": 1, "constant": 1}
+    assert scan(folder, layer=0).left_out() == {"duplicate-speaker": 2}
+
+
+def test_layers_are_averaged_in_double_precision(tmp_path):
+    frames = np.full((3, 20_000, 2), (2**14, 2**13), np.float32)
+    frames[:, 0] = numbers(3, 2)
+    named(tmp_path, 0, hidden_states=frames)
+    (features,) = scan(tmp_path, keep_features=True, layers=True).features
+    np.testing.assert_array_equal(features, frames.astype(np.float64).mean(1).astype(np.float32))
+
+
+def test_outliers_duplicates_and_constant_dimensions_are_found_in_layers(tmp_path):
+    for k in range(12):
+        layers = 1 + numbers(3, 8, seed=k)
+        layers[1, 5] = 2
+        named(tmp_path, k, hidden_states=layers)
+    named(tmp_path, 12, hidden_states=layers)
+    named(tmp_path, 13, hidden_states=1e5 * numbers(3, 8, seed=13))
+    result = scan(tmp_path, keep_features=True, layers=True)
+    assert result.left_out() == {"absurd-scale": 1, "duplicate-speaker": 1}
+    for finding in result.findings:
+        (tmp_path / finding.file).unlink()
+    result = scan(tmp_path, keep_features=True, layers=True)
+    assert check_data.Note("dead-dimensions", "1: 5 of layer 1") in result.notes
+    statistics = result.moments.statistics()
+    np.testing.assert_allclose(statistics.mean, np.mean([x.ravel() for x in result.features], 0), rtol=1e-6)
+    np.testing.assert_allclose(statistics.std, np.std([x.ravel() for x in result.features], 0), atol=1e-6)
+
+
+def test_statistics_of_layers_have_a_row_for_each(tmp_path):
+    folder = write_layers(tmp_path / "data", means)
+    for shape in ((3, 8), (1, 3, 8), (8,), (2, 8), (3, 7)):
+        np.save(folder / stats.MEAN_FILE, np.zeros(shape))
+        np.save(folder / stats.STD_FILE, np.ones(shape))
+        if shape[-2:] == (3, 8):
+            assert scan(folder, layers=True).stored.statistics.mean.shape == (24,)
+        else:
+            with pytest.raises(stats.DataError, match=r"wav2vec_mean\.npy has (shape|7 values)"):
+                scan(folder, layers=True)
+        for options in ({}, {"layer": 1}):
+            if len(shape) > 1:
+                with pytest.raises(stats.DataError, match=r"wav2vec_mean\.npy has (shape|7 values)"):
+                    scan(folder, **options)
+            else:
+                assert len(scan(folder, **options).records) == 4
+
+
+def test_statistics_of_the_layers_of_another_encoder_are_refused(tmp_path):
+    centre = 5 * numbers(3, 8, seed=99)
+    for k in range(12):
+        named(tmp_path, k, hidden_states=centre + numbers(3, 8, seed=k))
+    np.save(tmp_path / stats.STD_FILE, 1 + np.abs(numbers(3, 8, seed=98)))
+    np.save(tmp_path / stats.MEAN_FILE, centre)
+    assert len(scan(tmp_path, layers=True).records) == 12
+    np.save(tmp_path / stats.MEAN_FILE, centre[:, ::-1])
+    with pytest.raises(stats.DataError, match="of another encoder than these files"):
+        scan(tmp_path, layers=True)
+
+
+def test_statistics_of_other_layers_are_of_other_data(tmp_path):
+    folder = write_layers(tmp_path / "data", means)
+    options = ({}, {"layers": True}, {"layer": 0}, {"layer": 1})
+    assert len({scan(folder, **one).fingerprint for one in options}) == 4
+    saved = scan(folder, layers=True)
+    stats.save(folder, saved.moments.statistics(), saved.fingerprint, saved.layers)
+    assert np.load(folder / stats.MEAN_FILE).shape == (3, 8)
+    assert [scan(folder, **one).statistics_are_stale for one in options] == [True, False, True, True]
+
+
+@pytest.mark.parametrize("change", [lambda x: x, lambda x: x.transpose(1, 0, 2), means])
+def test_a_single_file_is_read_for_a_model_of_layers(tmp_path, change):
+    folder = write_layers(tmp_path / "data", change)
+    path = sorted(folder.iterdir())[0]
+    result = check_data.Scan(path, 8, layers=3)
+    size = check_data.Scale(1.0, np.ones(24))
+    ((_, features),) = check_data.iter_features(check_data.ScanOptions(str(path), layers=True), result, size)
+    np.testing.assert_array_equal(features, means(LAYERS[0]))
+    for layers, dim, code in ((4, 8, "other-layers"), (3, 7, "other-width")):
+        result = check_data.Scan(path, dim, layers=layers)
+        assert not [*check_data.iter_features(check_data.ScanOptions(str(path), layers=True), result, size)]
+        assert result.left_out() == {code: 1}
+
+
+def test_a_single_file_whose_shape_fits_twice_is_read_like_the_training_data(tmp_path):
+    array = numbers(3, 3, 8)
+    options = check_data.ScanOptions(str(write(tmp_path / "x.npz", emb=array)), layer=1)
+    for axis, expected in ((None, array[1].mean(0)), (0, array[1].mean(0)), (1, array[:, 1].mean(0))):
+        result = check_data.Scan(tmp_path / "x.npz", 8, layer_axis=axis)
+        ((_, features),) = check_data.iter_features(options, result, check_data.Scale(1.0, np.ones(8)))
+        np.testing.assert_allclose(features, expected[None], rtol=1e-6)
+
+
+def test_layers_cannot_be_chosen_twice_nor_transposed():
+    for options, reason in (
+        ({"layers": True, "layer": 0}, "either --layers or --layer"),
+        ({"layers": True, "transpose": True}, "--transpose is for sequences"),
+        ({"layer": -1, "transpose": True}, "--transpose is for sequences"),
+    ):
+        with pytest.raises(check_data.UsageError, match=reason):
+            check_data.ScanOptions("DIR", **options)
+
+
+def test_the_check_of_layers_ends_with_the_command_that_trains_on_them(tmp_path, capsys):
+    for k in range(12):
+        layers = numbers(3, 8, seed=k)
+        write(tmp_path / f"ravdess_03-01-{3 + k % 2:02d}-01-01-01-{k // 2 + 1:02d}.npz", hidden_states=layers)
+    for options, features in (
+        (["--layers"], "12 utterances of 3 layers of 8"),
+        (["--layer=-1"], "12 vectors, width 8, layer -1 of 3"),
+    ):
+        assert check_data.main([str(tmp_path), *options]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert f"  features     {features}" in lines
+        assert lines[-1] == f"  ready        python train.py {options[0]} {tmp_path}"
+        assert "equal-length" not in " ".join(lines)
 
 
 # --- labels given by the user ---
