@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import re
+import sys
+import types
 import wave
 
 import numpy as np
@@ -139,18 +141,30 @@ def place(tmp_path, monkeypatch):
     return tmp_path
 
 
-def shapes_of_features():
-    result = check_data.scan(check_data.ScanOptions("features"))
+def shapes_of_features(**options):
+    result = check_data.scan(check_data.ScanOptions("features", **options))
     assert result.findings == []
     return {record.utterance.file: record.shape for record in result.records}
 
 
-def test_the_documented_extraction_writes_features_that_can_be_used(place):
-    for package in ("torch", "librosa", "transformers"):
+def read_wav(path, sr):
+    """Stands for librosa.load, which resamples."""
+    with wave.open(str(path)) as file:
+        assert file.getframerate() == 3 * sr
+        return np.frombuffer(file.readframes(file.getnframes()), np.int16)[::3] / np.float32(2**15), sr
+
+
+@pytest.mark.parametrize(
+    ("word", "options", "shape"),
+    [("last_hidden_state", {}, (16,)), ("output_hidden_states", {"layers": True}, (3, 16))],
+)
+def test_the_documented_extraction_writes_features_that_can_be_used(place, monkeypatch, word, options, shape):
+    for package in ("torch", "transformers"):
         pytest.importorskip(package, reason=f"{package} is not installed")
     from transformers import Wav2Vec2Config, Wav2Vec2FeatureExtractor, Wav2Vec2Model
 
-    size = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    monkeypatch.setitem(sys.modules, "librosa", types.SimpleNamespace(load=read_wav))
+    size = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
     size |= {"num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 2}
     Wav2Vec2Model(Wav2Vec2Config(**size)).save_pretrained("encoder")
     Wav2Vec2FeatureExtractor().save_pretrained("encoder")
@@ -160,8 +174,8 @@ def test_the_documented_extraction_writes_features_that_can_be_used(place):
         with wave.open(str(place / "recordings" / "deep" / f"{name}.wav"), "wb") as file:
             file.setparams((1, 2, 48000, 0, "NONE", ""))
             file.writeframes(rng.integers(-9999, 9999, 48000, dtype=np.int16).tobytes())
-    exec(documented_python("librosa").replace("microsoft/wavlm-large", "encoder"), {})
-    assert shapes_of_features() == {f"deep/{name}.npz": (16,) for name in RAVDESS}
+    exec(documented_python(word).replace("microsoft/wavlm-large", "encoder"), {})
+    assert shapes_of_features(**options) == {f"deep/{name}.npz": shape for name in RAVDESS}
 
 
 def test_the_documented_conversions_write_features_that_can_be_used(place):

@@ -689,6 +689,21 @@ def test_saved_statistics_are_recognised_as_computed(tmp_path):
     assert set(contents(tmp_path)) == {stats.MEAN_FILE, stats.STD_FILE, stats.MANIFEST_FILE}
 
 
+def test_statistics_of_layers_are_saved_with_a_row_for_each_and_loaded_flat(tmp_path):
+    saved = some_statistics(6)
+    stats.save(tmp_path, saved, "print", layers=2)
+    np.testing.assert_array_equal(np.load(tmp_path / stats.STD_FILE), saved.std.reshape(2, 3))
+    stored = stats.load(tmp_path)
+    assert (stored.user_supplied, stored.layers, stored.shape) == (False, 2, (2, 3))
+    np.testing.assert_array_equal(stored.statistics, saved)
+
+
+def test_statistics_with_further_axes_of_length_1_are_those_of_vectors_or_layers(tmp_path):
+    for shape, expected in (((6,), (6,)), ((1, 6), (6,)), ((6, 1), (6,)), ((1, 2, 3), (2, 3)), ((1, 1), (1,))):
+        save_pair(tmp_path, np.zeros(shape), np.ones(shape))
+        assert stats.load(tmp_path).shape == expected
+
+
 def test_no_statistics(tmp_path):
     assert stats.load(tmp_path) is None
 
