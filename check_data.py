@@ -202,7 +202,7 @@ class ZipEntry(NamedTuple):
 class Features(NamedTuple):
     """The features read from a file."""
 
-    array: Array  # float32, of shape (D,), (T, D) or (T * D,)
+    array: Array  # float32, of shape (D,), (T, D) or (T * D,), or (L, D) for several layers
     key: str  # name of the array, or NPY_KEY
     dtype: str  # in the file
     array_names: Names  # all arrays in the file
@@ -234,7 +234,13 @@ class LayerChoice(NamedTuple):
         return layers[self.number], count
 
     def average(self, layers: Array) -> Array:
-        """Mean over the frames of what was selected, if there are any: (L, D), or (D,) for one layer."""
+        """Mean over the frames of what was selected, if there are any: (L, D), or (D,) for one layer.
+
+        Raises
+        ------
+        DataError
+            `constant`, if all values of a layer are equal.
+        """
         n_axes = 2 if self.number is None else 1
         if layers.ndim > n_axes:
             layers = layers.mean(-2, dtype=np.float64).astype(np.float32)
@@ -614,16 +620,7 @@ def read_features(
     shape = stored.shape
     if not shape or not stored.size:
         raise DataError("empty-array", f"its array has shape {shape}: nothing to train on")
-    n_layers, has_leading_axis = 1, stored.ndim > 1 and shape[0] == 1
-    if layers:
-        stored, n_layers = layers.select(stored)
-    elif has_leading_axis:
-        stored = stored[0]
-    if stored.ndim > 2 and not layers:
-        hint = "perhaps the layers of an encoder: use --layers, or --layer K for one of them"
-        raise DataError("bad-shape", f"its array has shape {shape}, {hint}")
-    if transpose and stored.ndim == 2:
-        stored = stored.T
+    stored, n_layers = layers.select(stored) if layers else (_vector_or_frames(stored, transpose), 1)
     with np.errstate(over="ignore", invalid="ignore"):  # values beyond the range become Inf
         array = stored.astype(np.float32, order="C")  # a copy, so that the bytes of the file can be freed
         # The sum of squares is finite only if every value is; it is needed anyway, and is faster than np.isfinite.
@@ -637,7 +634,19 @@ def read_features(
     if flat.size > 1 and flat[0] == flat[-1] and flat.min() == flat.max():  # the ends first: the rest takes longer
         raise DataError("constant", f"all {flat.size} values are {flat[0]:g}: the feature extraction failed")
     rms, bit_sum = math.sqrt(square / flat.size), int(flat.view(np.uint32).sum(dtype=np.uint64))
+    has_leading_axis = len(shape) > 1 and shape[0] == 1
     return Features(array, key, _dtype_name(stored.dtype), names, crc, rms, bit_sum, has_leading_axis, n_layers)
+
+
+def _vector_or_frames(stored: Array, transpose: bool) -> Array:
+    """A view of shape (D,) or (T, D); a leading axis of length 1 is dropped."""
+    shape = stored.shape
+    if stored.ndim > 1 and shape[0] == 1:
+        stored = stored[0]
+    if stored.ndim > 2:
+        hint = "perhaps the layers of an encoder: use --layers, or --layer K for one of them"
+        raise DataError("bad-shape", f"its array has shape {shape}, {hint}")
+    return stored.T if transpose and stored.ndim == 2 else stored
 
 
 _dtype_name = functools.cache(lambda dtype: dtype.name)  # numpy builds the name at every access
