@@ -1554,28 +1554,48 @@ def _list_files(result: Scan) -> list[str]:
 
 
 def _find_layer_axis(result: Scan, options: ScanOptions, paths: list[Path]) -> None:
-    """Determine from some of the files which axis is that of the layers, in arrays (L, T, D) or (T, L, D)."""
+    """Determine from some of the files in which axis of their arrays the layers are."""
     shapes = Counter()
     for path in paths[:: 1 + len(paths) // 20]:
         with contextlib.suppress(DataError):  # reported when all files are read
             array, *_ = _load_array(path, (options.key,) if options.key else result.keys)
             shapes[_without_unit_axes(array).shape] += 1
-    # The files have the number of layers in common, and not the number of frames.
-    lengths = Counter(), Counter()
+    result.layer_axis, is_clear = layer_axis(shapes, result.layers, result.layer_axis)
+    shape = next((shape for shape, _ in shapes.most_common() if len(shape) == 3), None)
+    if shape and not is_clear:
+        layers, frames = shape[result.layer_axis], shape[1 - result.layer_axis]
+        read = f"arrays {shape} are read as {layers} layers of {frames} frames"
+        result.layer_guess = f"{read}; if they are not, save the mean over frames, (L, D)"
+
+
+def layer_axis(shapes: Counter, layers: int = 1, usual: int | None = None) -> tuple[int, bool]:
+    """The axis of the layers in arrays (L, T, D) or (T, L, D), and whether the files show it.
+
+    Files have the number of layers in common, and rarely that of frames.
+
+    Parameters
+    ----------
+    shapes
+        Number of files by shape; (L, D) shows the number of layers, too.
+    layers
+        Their number, if it is more than one: that of a model.
+    usual
+        The axis in the training data of a model, which decides if the files do not.
+    """
+    lengths = Counter(), Counter()  # files by length, for each axis
     for shape, files in shapes.items():
         if len(shape) in (2, 3):
             lengths[0][shape[0]] += files
-            lengths[1][shape[-2]] += files  # of (L, D) it is L again
-    known = result.layers if result.layers > 1 else None
-    first, second = (counts[known] if known else max(counts.values(), default=0) for counts in lengths)
-    if first != second:
-        result.layer_axis = int(second > first)
-    elif shape := next((shape for shape, _ in shapes.most_common() if len(shape) == 3), None):
-        if result.layer_axis is None:  # encoders return the layers first
-            result.layer_axis = int(shape[0] > MAX_LAYERS >= shape[1])
-        frames, layers = shape[1 - result.layer_axis], shape[result.layer_axis]
-        read = f"arrays {shape} are read as {layers} layers of {frames} frames"
-        result.layer_guess = f"{read}; if they are not, save the mean over frames, (L, D)"
+            lengths[1][shape[-2]] += files
+    common = [layers if layers > 1 else max(counts, key=counts.get, default=0) for counts in lengths]
+    first, second = (counts[length] for counts, length in zip(lengths, common))
+    axis = int(second > first)  # if they are equal, as encoders return them
+    is_clear = max(first, second) >= 2 * min(first, second)
+    if not is_clear and usual is not None:
+        axis = usual
+    elif not is_clear and max(common) > MAX_LAYERS >= min(common):
+        axis = common.index(min(common))
+    return axis, is_clear
 
 
 def _read_files(

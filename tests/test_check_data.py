@@ -1192,11 +1192,43 @@ def test_the_axis_that_most_files_share_is_that_of_the_layers(tmp_path):
     assert "layer-axis" not in codes_of_notes(result)
 
 
-@pytest.mark.parametrize("first", [51, 2])
-def test_an_axis_of_more_layers_than_encoders_have_is_that_of_the_frames(tmp_path, first):
-    for k in range(3):
-        named(tmp_path, k, hidden_states=numbers(first, 3, 4, seed=k))
-    assert scan(tmp_path, layers=True).layers == (3 if first == 51 else 2)
+@pytest.mark.parametrize(
+    ("shapes", "expected"),
+    [
+        ({(3, 9, 8): 1, (3, 10, 8): 1}, (0, True)),
+        ({(9, 3, 8): 1, (10, 3, 8): 1}, (1, True)),
+        ({(9, 3, 8): 1, (3, 8): 1}, (1, True)),
+        ({(60, 40, 8): 1, (60, 41, 8): 1, (60, 42, 8): 1}, (0, True)),
+        ({(13, 20, 8): 1, (13, 21, 8): 1, (25, 20, 9): 1, (25, 22, 9): 1}, (0, False)),
+        ({(13, 99, 8): 9}, (0, False)),
+        ({(99, 13, 8): 9}, (1, False)),
+        ({(40, 13, 8): 9}, (0, False)),
+        ({(13, 99, 8): 9, (25, 99, 8): 1}, (0, False)),  # frames are padded, and one file is of another encoder
+        ({(99, 13, 8): 9, (99, 25, 8): 1}, (1, False)),
+        ({(5, 3, 8): 2, (6, 3, 8): 1}, (1, False)),  # frames are equal by chance
+    ],
+)
+def test_the_axis_of_the_layers_is_that_which_files_share_if_there_can_be_so_many(shapes, expected):
+    assert check_data.layer_axis(check_data.Counter(shapes)) == expected
+
+
+def test_the_axis_of_the_layers_of_a_model_is_that_of_their_number_or_that_of_training():
+    square, other = check_data.Counter([(13, 13, 8)]), check_data.Counter([(40, 13, 8)])
+    assert check_data.layer_axis(other, 13) == (1, True)
+    assert check_data.layer_axis(other, 40) == (0, True)
+    for usual in (0, 1):
+        assert check_data.layer_axis(square, 13, usual) == (usual, False)
+        assert check_data.layer_axis(other, usual=usual) == (usual, False)
+        assert check_data.layer_axis(other, 13, usual) == (1, True)
+
+
+def test_few_files_are_read_to_find_the_axis_of_the_layers(tmp_path, monkeypatch):
+    for k in range(50):
+        write(tmp_path / f"ravdess_03-01-05-01-01-01-{k % 24 + 1:02d}_{k // 24}.npz", emb=numbers(4 + k, 3, 8, seed=k))
+    read, load = [], check_data._load_array
+    monkeypatch.setattr(check_data, "_load_array", lambda path, keys: (read.append(path), load(path, keys))[1])
+    assert scan(tmp_path, layers=True).layers == 3
+    assert 60 <= len(read) <= 70
 
 
 def test_two_numbers_of_layers_in_equally_many_files_are_no_basis_for_a_choice(tmp_path):
