@@ -192,15 +192,20 @@ def test_runs_without_a_common_utterance_have_no_difference(tmp_path, two, capsy
 # --- formats ---
 
 
-def test_the_terminal_shows_aligned_tables(two, capsys):
-    scores, title, differences, explanation = compare(capsys, *two, form="terminal").split("\n\n")
-    head, good, _ = scores.splitlines()
-    metrics = json.loads((two[0] / "metrics.json").read_text())
+def test_the_terminal_shows_aligned_tables(tmp_path, two, capsys):
+    close = write_results(tmp_path / "close", skill=2.3, seed=2)
+    scores, title, differences, explanation = compare(capsys, *two, close, form="terminal").split("\n\n")
+    head, good, *_ = scores.splitlines()
+    metrics = metrics_of(two[0])
     low, high = (100 * value for value in metrics["ua_ci95"])
     assert f"{100 * metrics['ua']:.1f} ({low:.1f} to {high:.1f})" in good
     assert head.index("WA, %") == good.index(f"{100 * metrics['wa']:.1f} (", head.index("UA, %") + 5)
     assert title == f"Differences from {two[0]} on the utterances of both, in points:"
-    assert len(differences.splitlines()) == 2
+    _, *rows = differences.splitlines()
+    for row, found, p in zip(rows, compare(capsys, *two, close)["differences"], ("< 0.001", None), strict=True):
+        difference, low, high, exact = found["ua"].values()
+        points = f"{100 * difference:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
+        assert re.split("  +", row)[1:3] == [points, p or f"{exact:.3f}"]
     assert "jackknife" in explanation
 
 
@@ -224,6 +229,7 @@ def test_names_are_escaped_in_every_format(tmp_path, monkeypatch, capsys, two, n
     printed = compare(capsys, name, "poor", form="latex")
     assert f"\n{latex} & " in printed
     assert printed.count(r"\begin{tabular}") == printed.count(r"\end{tabular}") == 2
+    assert re.findall(r"{(l?r*)}$", printed, re.MULTILINE) == ["l" + 7 * "r", "l" + 8 * "r"]
     rows = [line for line in printed.splitlines() if line.endswith(r" \\")]
     assert [len(re.findall(r"(?<!\\)&", row)) for row in rows] == [7, 7, 7, 8, 8]
     assert compare(capsys, name, "poor")["first"] == name
