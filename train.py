@@ -2739,7 +2739,7 @@ def read_description(path: Path) -> Model:
         if config.get("format") != ARTIFACT_VERSION:
             raise stats.DataError("other-version", "it was made by another version of train.py; train again")
         if "fusion" in config:
-            advice = "use --predict with each of its runs, then --fuse with the folders of both and --predict with this"
+            advice = "label the files with each of its runs, then fuse those folders with --fuse and this --predict"
             raise stats.DataError("fusion", f"it is a fusion of runs; {advice}")
         given = config | {"merge": config["options"]["merge"], "digest": config["model"]}
         kinds = Model.__annotations__.items()
@@ -3070,6 +3070,8 @@ def run_comparison(config: Config) -> int:
         aligned = align([first, other])
         differences.append({"run": other.name} | run_differences(aligned))
         notes += comparison_notes(first, other, aligned)
+    if min(found["n_speakers"] for found in differences) < stats.FEW_SPEAKERS:
+        notes.append(f"with fewer than {stats.FEW_SPEAKERS} speakers the intervals are unreliable")
     if config.format == "json":
         content = {"runs": scores, "first": first.name, "differences": differences, "notes": notes}
         sys.stdout.write(stats.json_bytes(content).decode())

@@ -182,7 +182,8 @@ def test_runs_without_a_common_utterance_have_no_difference(tmp_path, two, capsy
     found = compare(capsys, two[0], other)
     assert found["differences"][0]["ua"] == {"difference": None, "low": -1, "high": 1, "p": 1}
     assert found["notes"] == [
-        f"UTTERANCES DIFFER: {two[0]} has 96, 0 of them in both; {other} has 48, 0 of them in both"
+        f"UTTERANCES DIFFER: {two[0]} has 96, 0 of them in both; {other} has 48, 0 of them in both",
+        "with fewer than 6 speakers the intervals are unreliable",
     ]
     assert re.search(
         r"^\S+other +- +- +- +- +- +- +0 +0$", compare(capsys, two[0], other, form="terminal"), re.MULTILINE
@@ -517,7 +518,9 @@ def test_predictions_of_the_wrong_models_are_refused(tmp_path, predicted, caplog
     assert "two of the folders" in refusal(caplog, "--fuse", first, second, second, *arguments)
     assert f"{good} holds no predictions" in refusal(caplog, "--fuse", good, second, *arguments)
     assert "holds no fusion of runs" in refusal(caplog, "--fuse", first, second, "--predict", good, "--out", "x")
-    assert "it is a fusion of runs; use --predict with each of its runs" in refusal(caplog, "DIR", "--predict", fusion)
+    assert "it is a fusion of runs; label the files with each of its runs" in refusal(
+        caplog, "DIR", "--predict", fusion
+    )
     assert not (tmp_path / "labelled").exists()
 
 
