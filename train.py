@@ -2448,7 +2448,7 @@ class RunFolder:
         if config.overwrite:
             return False
         here, there = str(Path(config.directory).resolve()), stored.get("data")
-        if here != there:  # then it is no news that the data differ
+        if there and here != there:  # then it is no news that the data differ
             found = [f"DIR is {here} here, {there} in the finished run", *(text for text in found if text[:2] == "--")]
         advice = "Choose another --out, or replace it with --overwrite"
         raise UsageError(f"{self.path} holds another, finished run: {'; '.join(found)}. {advice}")
@@ -2598,6 +2598,8 @@ def differences(here: dict, there: dict, run: str) -> list[str]:
         names = [name for name in {**theirs, **ours} if theirs.get(name) != ours.get(name)]
         if names:
             shown = [f"{name} is {ours.get(name)} here, {theirs.get(name)} in {run}" for name in names[:3]]
+            if part == "data":  # digests mean nothing to a reader
+                shown = [f"other {n}" if isinstance(ours.get(n), str) else text for n, text in zip(names, shown)]
             return shown + [f"{len(names) - 3} more"] * (len(names) > 3)
     return []
 

@@ -141,6 +141,24 @@ def test_several_arrays_that_may_be_the_features_stop_the_scan_until_a_key_is_ch
     assert scan(tmp_path, key="nowhere").left_out() == {"no-key": 3}
 
 
+def test_two_arrays_of_one_file_are_features_of_the_same_utterances(tmp_path):
+    """The files of an older fusion: a voice and a face side by side, and emotions under other names."""
+    words = ("angry", "disgust", "fearful", "happy", "neutral", "sad")
+    lines = ["file,emotion,speaker"]
+    for number in range(12):
+        arrays = {"audio_features": numbers(8, seed=number), "video_features": numbers(4, 5, seed=number)}
+        np.savez(tmp_path / f"clip_{number:02d}.npz", **arrays, label=np.eye(6)[number % 6])
+        lines.append(f"clip_{number:02d},{words[number % 6]},{number // 6}")
+    (tmp_path / "labels.csv").write_text("\n".join(lines))
+    found = {}
+    for key, width in (("audio_features", 8), ("video_features", 5)):
+        result = scan(tmp_path, key=key, labels=str(tmp_path / "labels.csv"))
+        assert (result.dim, result.keys_used(), result.findings) == (width, {key: 12}, [])
+        found[key] = [(utterance.canonical, utterance.emotion) for utterance in result.utterances]
+    assert found["audio_features"] == found["video_features"]
+    assert found["audio_features"][2] == ("clip_02", "fear")
+
+
 def test_a_few_files_with_several_arrays_do_not_stop_the_others(tmp_path):
     for k in range(3):
         named(tmp_path, k, **({"one": numbers(20), "two": numbers(20)} if k == 1 else {"emb": numbers(20, seed=k)}))

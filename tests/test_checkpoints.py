@@ -419,7 +419,8 @@ def test_other_data_are_refused_and_only_what_changed_is_named(labelled, caplog,
     arguments = ["--labels", str(labelled / "labels.csv"), "--out", str(labelled / "run"), *OPTIONS]
     assert train.main([str(labelled / "data"), *arguments]) == 2
     _, _, found = caplog.messages[-1].partition("holds another, unfinished run: ")
-    assert [difference.split(" is ")[0] for difference in found.split(". Finish it")[0].split("; ")] == expected
+    differences = found.split(". Finish it")[0].split("; ")
+    assert [difference.split(" is ")[0].removeprefix("other ") for difference in differences] == expected
     assert contents(labelled / "run") == before
 
 
