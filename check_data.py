@@ -722,7 +722,7 @@ REMEDIES = dict.fromkeys(_DAMAGED, "copy it again, or extract its features again
     "not-float": "save the features as float32",
     "empty-array": "the recording may be too short; extract its features again",
     "bad-shape": "save one array of shape (D,) or (T, D)",
-    "no-layers": "save all layers of the encoder in one array, or choose another with --layer",
+    "no-layers": "save all layers of the encoder in one array, or choose an array with --key or a layer with --layer",
     "not-finite": "extract its features again, or replace such values by zero with --nan-to-zero",
     "constant": "extract its features again",
     "absurd-scale": "extract its features again, or from another layer",
@@ -739,7 +739,7 @@ REMEDIES = dict.fromkeys(_DAMAGED, "copy it again, or extract its features again
     "duplicate-speaker": "find out which speaker is right and remove the other file",
     "transposed": "save it as (T, D), or transpose all sequences with --transpose",
     "other-width": "extract all features with one encoder, or choose a width with --dim",
-    "other-layers": "extract all features with one encoder; sequences (T, D) are read without --layers and --layer",
+    "other-layers": "extract all with one encoder, choose the array with --key, or read sequences without --layers",
     "overflow": "its features are of another kind or damaged; extract them again",
     "other-encoder": "extract it with the encoder that the model was trained with",
     "several-rows": "save one vector for each utterance, as in the training data",
@@ -767,7 +767,7 @@ NOTES = {
     "other-arrays": "further arrays in the files, not used",
     "mixed-keys": "the features have different names in the files; they must be of one encoder",
     "equal-length": "all files have the same number of rows, which need not be frames",
-    "layer-axis": "the files do not show which axis is that of the layers",
+    "layer-axis": "what was taken for the layers may be the frames",
     "no-checksum": "NPY files have no checksum, so that damaged values are not noticed",
 }
 
@@ -895,8 +895,8 @@ class Record:
         return self.utterance.file
 
     @property
-    def form(self) -> Shape:
-        """The shape, or that of one layer, (D,)."""
+    def layer_shape(self) -> Shape:
+        """The shape of a layer, (D,), or of the array if it was not read for its layers."""
         return self.shape[-1:] if self.n_layers > 1 else self.shape
 
 
@@ -1561,11 +1561,15 @@ def _find_layer_axis(result: Scan, options: ScanOptions, paths: list[Path]) -> N
             array, *_ = _load_array(path, (options.key,) if options.key else result.keys)
             shapes[_without_unit_axes(array).shape] += 1
     result.layer_axis, is_clear = layer_axis(shapes, result.layers, result.layer_axis)
-    shape = next((shape for shape, _ in shapes.most_common() if len(shape) == 3), None)
-    if shape and not is_clear:
-        layers, frames = shape[result.layer_axis], shape[1 - result.layer_axis]
-        read = f"arrays {shape} are read as {layers} layers of {frames} frames"
-        result.layer_guess = f"{read}; if they are not, save the mean over frames, (L, D)"
+    readable = [shape for shape in shapes if len(shape) in (2, 3)]
+    if not readable:
+        return
+    shape = max(readable, key=lambda shape: (len(shape), shapes[shape]))
+    has_frames = len(shape) == 3
+    layers = shape[result.layer_axis] if has_frames else shape[0]
+    if layers > MAX_LAYERS or (has_frames and not is_clear):
+        advice = "choose the array with --key, or save the mean over frames, (L, D)"
+        result.layer_guess = f"arrays {shape} are read as {layers} layers; if they are frames, {advice}"
 
 
 def layer_axis(shapes: Counter, layers: int = 1, usual: int | None = None) -> tuple[int, bool]:
@@ -1706,12 +1710,12 @@ def finalize_scan(result: Scan, moments: dict[Shape, stats.RunningMoments]) -> N
     _explain_contents(result)
     _require_one_array(result)
     options = result.options
-    shapes = Counter(record.form for record in result.records)
+    shapes = Counter(record.layer_shape for record in result.records)
     known_width = _statistics_width(result, shapes) or options.dim
     result.dim = known_width or _majority_width(shapes)
     may_reshape = not options.reads_layers and shapes
     result.reshapes_vectors = bool(may_reshape and (known_width or _confirms_width(shapes, result.dim)))
-    result.leave_out({r.file: width_fault(r.form, result.dim, result.reshapes_vectors) for r in result.records})
+    result.leave_out({r.file: width_fault(r.layer_shape, result.dim, result.reshapes_vectors) for r in result.records})
     if options.reads_layers and result.records:
         _leave_out_other_layers(result)
     result.features = [array.reshape(-1, result.dim) for array in result.features]

@@ -1193,7 +1193,7 @@ def test_layers_and_frames_of_equal_numbers_in_all_files_are_assumed_to_be_layer
     result = scan(write_layers(tmp_path / "data", change), layers=True)
     first, second, width = change(LAYERS[0]).shape
     (note,) = [note.text for note in result.notes if note.code == "layer-axis"]
-    assert note.startswith(f"arrays ({first}, {second}, {width}) are read as {first} layers of {second} frames; ")
+    assert note.startswith(f"arrays ({first}, {second}, {width}) are read as {first} layers; ")
     assert result.layers == first
 
 
@@ -1238,6 +1238,16 @@ def test_the_axis_of_the_layers_of_a_model_is_that_of_their_number_or_that_of_tr
         assert check_data.layer_axis(square, 13, usual) == (usual, False)
         assert check_data.layer_axis(other, usual=usual) == (usual, False)
         assert check_data.layer_axis(other, 13, usual) == (1, True)
+
+
+def test_frames_that_are_taken_for_layers_are_noted(tmp_path):
+    for k in range(3):
+        named(tmp_path, k, last_hidden_state=numbers(51, 4, seed=k), hidden_states=numbers(3, 51, 4, seed=k))
+    result = scan(tmp_path, layers=True)
+    assert [note.text[:36] for note in result.notes if note.code == "layer-axis"] == [
+        "arrays (51, 4) are read as 51 layers"
+    ]
+    assert scan(tmp_path, layers=True, key="hidden_states").layers == 3
 
 
 def test_few_files_are_read_to_find_the_axis_of_the_layers(tmp_path, monkeypatch):
