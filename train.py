@@ -105,7 +105,7 @@ PREDICTIONS = ("predictions.csv", "skipped.csv", "fusion.npz", *SCORE_FILES)  # 
 RUN_FILES = ("config.json", "model.npz", "history.csv", "train.log", "lock")  # files that only a run writes
 
 
-FORMATS = ("terminal", "markdown", "latex", "json")  # of the tables of --compare
+FORMATS = ("markdown", "latex", "json")  # of the tables of --compare, besides that for the terminal
 
 SWEEP = {  # what --sweep draws: lowest and highest value; "log" draws the logarithm uniformly
     "learning_rate": (3e-4, 3e-3, "log"),
@@ -131,11 +131,11 @@ class Config(check_data.ScanOptions):
     compare: tuple[str, ...] = option((), "compare the scores of these results folders", "output", metavar="RUN")
     fuse: tuple[str, ...] = option(
         (),
-        "fuse the answers of these results folders; with --predict, those of a fusion's runs",
+        "fuse the answers of these results folders; or what the runs of a fusion have predicted",
         "output",
         metavar="RUN",
     )
-    format: str = option("terminal", "form of the tables of a comparison", "output", FORMATS)
+    format: str | None = option(None, "form of the tables of a comparison, if not for the terminal", "output", FORMATS)
     seeds: int = option(5, "models per fold, each with other validation speakers; their logits are averaged", "split")
     seed: int = option(0, "random seed", "split")
     epochs: int = option(40, "maximum epochs", "training")
@@ -2204,8 +2204,7 @@ def listed(values) -> str:
 
 def without_folders(metrics):
     """The metrics without the folders of this machine: the page may be passed on."""
-    values = [value if isinstance(value, (list, tuple)) else [value] for value in metrics["settings"].values()]
-    paths = [path for path in itertools.chain(*values) if isinstance(path, str) and os.path.isabs(path)]
+    paths = [path for path in metrics["settings"].values() if isinstance(path, str) and os.path.isabs(path)]
     paths += [path.replace("'", "'\"'\"'") for path in paths]  # as the shell's quotes have it in the command
     text = json.dumps(metrics)
     for path in sorted(paths, key=len, reverse=True):
@@ -3166,8 +3165,8 @@ def difference_cells(differences: list[dict]) -> list[list[str]]:
     return rows
 
 
-def format_table(rows: list[list[str]], form: str) -> str:
-    """A table in one of FORMATS; the first row is its head, the first column text, all others numbers."""
+def format_table(rows: list[list[str]], form: str | None) -> str:
+    """A table for the terminal or in one of FORMATS, its head first; the first column is text, all others numbers."""
     rows = [[ESCAPES[form](cell) for cell in row] for row in rows]
     numbers = len(rows[0]) - 1
     if form == "latex":
@@ -3203,7 +3202,7 @@ LATEX_SPECIALS = {character: f"\\{character}" for character in "{}$&#_%"} | {
     "[": "{[}",
     "*": "{*}",
 }
-ESCAPES = {"terminal": printable, "markdown": escape_markdown, "latex": escape_latex}
+ESCAPES = {None: printable, "markdown": escape_markdown, "latex": escape_latex}
 
 
 # --- fusion of runs -------------------------------------------------------------------------------------------------
@@ -3255,7 +3254,7 @@ def run_fusion(config: Config) -> int:
     predictions, weights, metrics = fuse_runs(runs)
     fusion = describe_fusion(runs, predictions.classes, weights)
     metrics |= {"fused": list(fusion.runs), "weights": list(fusion.weights), "model": fusion.digests["model"]}
-    metrics |= provenance(config, package_versions(["numpy"]))
+    metrics |= fusion_provenance(config)
     description = {"format": ARTIFACT_VERSION, "version": check_data.VERSION, "fusion": fusion._asdict()}
     description |= {"model": fusion.digests["model"], "options": dataclasses.asdict(config)}
     files = {"config.json": stats.json_bytes(description)} | prediction_files(predictions, fusion.digests)
@@ -3263,6 +3262,13 @@ def run_fusion(config: Config) -> int:
         stats.write_files(out, files | score_files(metrics))
     sys.stdout.write(report_text(metrics, out / "report.html", sys.stdout))
     return 0
+
+
+def fusion_provenance(config: Config) -> dict:
+    """How to repeat a fusion, as in metrics.json."""
+    settings = {f"run {number}": name for number, name in enumerate(config.fuse, 1)}
+    settings |= {name: value for name, value in set_options(config).items() if name in ("predict", "out")}
+    return provenance(config, package_versions(["numpy"])) | {"settings": settings}
 
 
 def fuse_runs(runs: list[Results]) -> tuple[Predictions, stats.FusionWeights, dict]:
@@ -3456,8 +3462,7 @@ def fuse_predictions(config: Config) -> int:
     scored, notes = choose_scored(config, fusion, predictions)
     metrics = None
     if scored.utterances:
-        metrics = evaluate_transfer(fusion, scored, notes) | {"fused": list(fusion.runs)}
-        metrics |= provenance(config, package_versions(["numpy"]))
+        metrics = evaluate_transfer(fusion, scored, notes) | {"fused": list(fusion.runs)} | fusion_provenance(config)
     save_prediction(out, empty, predictions, fusion.digests, metrics)
     print_prediction(out, 0, predictions, metrics, notes)
     return 0
