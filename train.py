@@ -135,7 +135,7 @@ class Config(check_data.ScanOptions):
         "output",
         metavar="RUN",
     )
-    format: str | None = option(None, "form of the tables of a comparison, if not for the terminal", "output", FORMATS)
+    format: str | None = option(None, "form of a comparison, as Markdown, LaTeX or JSON", "output", FORMATS)
     seeds: int = option(5, "models per fold, each with other validation speakers; their logits are averaged", "split")
     seed: int = option(0, "random seed", "split")
     epochs: int = option(40, "maximum epochs", "training")
