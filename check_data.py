@@ -2044,7 +2044,7 @@ def assign_folds(options: ScanOptions, utterances: list[Utterance], label: Array
     scheme, seed = options.folds, getattr(options, "seed", 0)
     recording = np.array([utterance.recording or utterance.file for utterance in utterances])
     original = np.array([not utterance.version for utterance in utterances])
-    speaker, independent, notes = _name_speakers(utterances, recording)
+    speaker, independent, notes = _name_speakers(utterances, recording, scheme)
     validation = []
     if scheme == "table":
         fold, validation = _table_folds(utterances)
@@ -2059,34 +2059,28 @@ def assign_folds(options: ScanOptions, utterances: list[Utterance], label: Array
             notes.append(f"--folds {scheme} was reduced to {number}: there are {number} speakers")
         fold = stats.balanced_blocks(stats.numbered(speaker), label, number, seed)
     elif scheme == "leave-one-corpus-out":
-        fold, found = _corpus_folds(utterances)
-        if all(utterance.corpus in emotions.CORPORA for utterance in utterances):
-            # No speaker is in two corpora, known or not.
-            speaker = np.array([utterance.speaker or f"{utterance.corpus}:unknown" for utterance in utterances])
-            independent, notes = True, []
-        notes += found
+        fold, more = _corpus_folds(utterances)
+        notes += more
     elif speaker is recording:
         raise UsageError(f"--folds {scheme} needs file names that identify speakers; use --folds 5")
     elif scheme == "leave-one-speaker-out":
         fold = stats.numbered(speaker)
     else:
-        fold, validation, missing = _official_folds(scheme, speaker)
-        reason = "the scores are not comparable with published ones"
-        if missing:
-            notes.append(f"{counted(missing, 'speaker')} of {scheme} missing: {reason}")
-        if caveat := emotions.SCHEMES[scheme].caveat:
-            notes.append(f"{caveat}: {reason}")
+        fold, validation, more = _official_folds(scheme, speaker)
+        notes += more
     folds = Folds(speaker, recording, original, fold, validation, independent, notes)
     _check_sides(scheme, folds)
     return folds
 
 
-def _name_speakers(utterances: list[Utterance], recording: Array) -> tuple[Array, bool, list[str]]:
-    """The speaker of each utterance, whether all are known, and notes.
+def _name_speakers(utterances: list[Utterance], recording: Array, scheme: str) -> tuple[Array, bool, list[str]]:
+    """The speaker of each utterance, whether no fold tests a speaker who may be trained on, and notes.
 
     Where the names identify fewer than two speakers, every recording counts as its own.
     """
     names = [utterance.speaker or f"{utterance.corpus}:unknown" for utterance in utterances]
+    if scheme == "leave-one-corpus-out" and all(utterance.corpus in emotions.CORPORA for utterance in utterances):
+        return np.array(names), True, []  # no speaker is in two corpora, known or not
     known = {utterance.speaker for utterance in utterances} - {None}
     unknown = sum(utterance.speaker is None for utterance in utterances)
     if len(known) >= 2:
@@ -2117,8 +2111,8 @@ def _corpus_folds(utterances: list[Utterance]) -> tuple[Array, list[str]]:
     return fold, notes if single else []
 
 
-def _official_folds(scheme: str, speaker: Array) -> tuple[Array, list[Array], int]:
-    """The folds and validation masks that a publication lists, by test speakers, and the number of absent speakers."""
+def _official_folds(scheme: str, speaker: Array) -> tuple[Array, list[Array], list[str]]:
+    """The folds and validation masks that a publication lists, by test speakers, and notes on comparability."""
     official = emotions.SCHEMES[scheme]
     fold_of = {name: fold for fold, block in enumerate(official.test_speakers) for name in block}
     present = set(speaker)
@@ -2131,7 +2125,12 @@ def _official_folds(scheme: str, speaker: Array) -> tuple[Array, list[Array], in
     if official.next_fold_validates:
         folds = int(fold.max()) + 1
         validation = [fold == (current + 1) % folds for current in range(folds)]
-    return fold, validation, len(fold_of) - len(present)
+    reason, notes = "the scores are not comparable with published ones", []
+    if missing := len(fold_of) - len(present):
+        notes.append(f"{counted(missing, 'speaker')} of {scheme} missing: {reason}")
+    if official.caveat:
+        notes.append(f"{official.caveat}: {reason}")
+    return fold, validation, notes
 
 
 # The sides of a split in tables, by the beginning of the word.

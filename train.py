@@ -284,11 +284,11 @@ def train_and_score(config: Config, run: "RunFolder", run_log: logging.handlers.
     stored, to_save = choose_statistics(scan, dataset, config)
     experiment = Experiment(config, dataset, split, stored)
     identity = run_identity(experiment, scan.fingerprint)
+    finished = run.is_finished(config, identity)
     epochs_done = run.find_checkpoint(identity, config.fresh)
-    finished = from_primary(np.array(run.is_finished(config, identity)))
     if to_save and is_primary() and not stats.save(scan.directory, stored.statistics, scan.fingerprint):
         log.info("statistics: files appeared in DIR during the scan; they are neither used nor replaced")
-    if finished and not epochs_done and not config.fresh:
+    if from_primary(np.array(finished and not epochs_done and not config.fresh)):
         return None
     if is_primary():
         begin_log(run_log, run.path / "train.log", append=epochs_done > 0)
@@ -326,7 +326,9 @@ def show_report(metrics: dict, page: Path, log_file) -> None:
 
 
 def show_finished(run: Path) -> None:
-    """Show the scores of a finished run again."""
+    """Show the scores of a finished run again, on the first process."""
+    if not is_primary():
+        return
     log.info(f"FINISHED: {printable(str(run))} holds this run, with the scores below; --fresh does it again")
     try:
         text = report_text(read_json(run / "metrics.json"), run / "report.html", sys.stdout)

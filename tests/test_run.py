@@ -461,7 +461,10 @@ def test_a_finished_run_with_other_options_is_replaced_only_with_overwrite(train
         advice = "Choose another --out, or replace it with --overwrite"
         assert caplog.messages[-1] == f"train.py: {run} holds another, finished run: {differing}. {advice}"
         assert contents(run) == before
-    assert train.main([str(trained / "data"), "--out", str(run), *other, "--overwrite"]) == 0
+    (run / "checkpoint-0.npz").write_bytes(b"of a run that was started with --overwrite")
+    assert train.main([str(trained / "data"), "--out", str(run), *other, "--fresh"]) == 2
+    assert (run / "checkpoint-0.npz").exists()  # a refused run removes nothing
+    assert train.main([str(trained / "data"), "--out", str(run), *other, "--fresh", "--overwrite"]) == 0
     assert json.loads((run / "config.json").read_text())["options"]["seeds"] == 1
 
 
