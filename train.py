@@ -2258,7 +2258,8 @@ def dot_charts(metrics):
     speakers = sorted(metrics["speakers"].items(), key=lambda item: item[1]["ua"] or 0)
     yield dot_chart("UA by test speaker, %", dict(speakers), metrics)
     folds = {f"fold {number}": fold for number, fold in enumerate(metrics["folds"], 1)}
-    yield dot_chart("UA by fold, %", folds, metrics)
+    if metrics["fold_scheme"] != TRANSFER:
+        yield dot_chart("UA by fold, %", folds, metrics)
     groups = {f"{field} {name}": group for field, named in metrics["groups"].items() for name, group in named.items()}
     yield dot_chart("UA by corpus, gender and intensity, %", groups, metrics)
 
@@ -2807,6 +2808,8 @@ def run_prediction(config: Config) -> int:
     if scored.utterances:
         metrics = evaluate_transfer(model, scored, notes)
         metrics |= left_out_report(scan) | provenance(config, package_versions(["numpy"]))
+        for name in TRAINING_OPTIONS:  # they have no effect
+            metrics["settings"].pop(name, None)
     save_prediction(out, scan, predictions, model.digests, metrics)
     print_prediction(out, len(scan.findings), predictions, metrics, notes)
     return 1 if scan.findings else 0

@@ -192,6 +192,8 @@ def test_scores_of_a_prediction_name_the_corpora_in_their_first_line(trained, tm
     assert line in page
     assert "with fewer than 6 speakers the intervals are unreliable" in page
     assert str(tmp_path) not in page
+    assert "UA by fold" not in page
+    assert "seeds" not in page  # nor any other option of training
     matrix = [list(row.values())[1:] for row in rows_of(tmp_path / "out" / "confusion.csv")]
     assert [list(map(int, row)) for row in matrix] == metrics_of(tmp_path / "out")["confusion"]
 
