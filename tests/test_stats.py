@@ -1726,12 +1726,30 @@ def test_runs_with_independent_mistakes_share_the_weight_and_sharpen_each_other(
     assert fused_loss(unseen, weights, label) < 0.8 * min(singles)
 
 
+def test_the_p_of_a_gain_is_one_sided_over_the_speakers():
+    gain = np.array([0.5, 1.5, 1.0, -0.5, 2.5])
+    t = gain.mean() / (gain.std(ddof=1) / math.sqrt(5))
+    assert stats._one_sided_p(gain) == pytest.approx(stats._student_p(t, 4) / 2)
+    assert stats._one_sided_p(np.array([2.132, -2.132, 0, 0, 0]) + 1) == pytest.approx(0.1058, abs=1e-3)
+    assert stats._one_sided_p(-gain) == stats._one_sided_p(np.zeros(5)) == stats._one_sided_p(gain[:1]) == 1
+    assert stats._one_sided_p(np.ones(5)) == pytest.approx(0)
+
+
 def test_a_gain_on_a_few_speakers_alone_gives_no_weight():
     """The second run knows what the first does not, but for one speaker of twenty."""
     label, speaker = labels_and_speakers()
     first, second, noise = answers_of(label, 1.5, 1.5, 0)
     probability = np.stack([first, np.where((speaker == "s3")[:, None], second, noise)])
     assert fit(probability, label, speaker).weights.tolist() == [1, 0]
+
+
+def test_all_classes_count_the_same_however_many_utterances_they_have():
+    label, speaker = labels_and_speakers()
+    probability = answers_of(label, 1.5, 1.3)
+    often = np.concatenate([np.arange(600), *[np.flatnonzero(label == 0)] * 4])
+    once, repeated = fit(probability, label, speaker), fit(probability[:, often], label[often], speaker[often])
+    assert repeated.weights.tolist() == once.weights.tolist()
+    assert repeated.temperature == once.temperature
 
 
 def test_with_one_speaker_the_best_run_is_taken():
