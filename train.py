@@ -3277,40 +3277,45 @@ def fusion_provenance(config: Config) -> dict:
 
 
 def fuse_runs(runs: list[Results]) -> tuple[Predictions, stats.FusionWeights, dict]:
-    """Fuse the answers of some runs for their test speakers: the answers, the final weights, and the scores.
-
-    The weights for the utterances of a fold are chosen on those of all other folds, so that nothing of a fold has a
-    part in its own weights. The final ones are chosen on all of them.
-    """
+    """Fuse the answers of some runs for their test speakers: the answers, the weights for new files, and the scores."""
     aligned, names = align(runs), [run.name for run in runs]
     label, speaker = agreed(aligned, names)
     independent = all(run.metrics.get("speaker_independent") for run in runs)
     # Where speakers are not known, each utterance counts as its own.
     group = np.where(independent & (speaker != ""), speaker, aligned.utterance)
     fold = common_folds(aligned, group, names)
-    probability, present = stats.complete_probabilities(aligned.probability, aligned.known), aligned.present
-
-    def fit(chosen) -> stats.FusionWeights:
-        return stats.fit_fusion(probability[:, chosen], present[:, chosen], label[chosen], group[chosen])
-
-    final, logits, temperature, folds = fit(fold >= 0), np.zeros(probability.shape[1:]), np.ones(len(fold)), []
-    for number in range(fold.max() + 1):
-        tested = fold == number
-        weights = fit(~tested)
-        temperature[tested] = weights.temperatures(present[:, tested])
-        logits[tested] = weights.mean(probability[:, tested], present[:, tested]) / temperature[tested, None]
-        tests = {"fold": number + 1, "test": sorted(set(group[tested])), "n_test": int(tested.sum())}
-        folds.append(tests | {"weights": weights.weights.tolist(), "temperature": weights.temperature})
-    answers = Answers(logits, temperature, np.zeros((len(fold), 0)))  # a fusion has no hidden layers
+    answers, chosen = fuse_folds(aligned, label, group, fold)
     utterances = fused_utterances(runs, aligned, label, speaker)
     predictions = Predictions(utterances, aligned.classes, answers, fold, group)
-    schemes = list(dict.fromkeys(run.metrics["fold_scheme"] for run in runs))
-    notes = fusion_notes(names, aligned, final)
-    metrics = evaluate(predictions, ", ".join(schemes), independent, "those of the fused runs", notes)
-    metrics["folds"] = [details | scores for details, scores in zip(folds, metrics["folds"])]
+    scheme = ", ".join(dict.fromkeys(run.metrics["fold_scheme"] for run in runs))
+    notes = fusion_notes(names, aligned, chosen[-1])
+    metrics = evaluate(predictions, scheme, independent, "those of the fused runs", notes)
+    for number, (scores, weights) in enumerate(zip(metrics["folds"], chosen)):
+        tested = fold == number
+        scores |= {"fold": number + 1, "test": sorted(set(group[tested])), "n_test": int(tested.sum())}
+        scores |= {"weights": weights.weights.tolist(), "temperature": weights.temperature}
     if adapted := [run.metrics["adapted"] for run in runs if run.metrics.get("adapted")]:
         metrics["adapted"] = adapted[0]
-    return predictions, final, metrics
+    return predictions, chosen[-1], metrics
+
+
+def fuse_folds(
+    aligned: Aligned, label: np.ndarray, group: np.ndarray, fold: np.ndarray
+) -> tuple[Answers, list[stats.FusionWeights]]:
+    """The answers of a fusion, and the weights for each fold; the last ones are for new files.
+
+    They are chosen on all other folds, so that nothing of a fold has a part in its own weights.
+    """
+    probability, present = stats.complete_probabilities(aligned.probability, aligned.known), aligned.present
+    logits, temperature, chosen = np.zeros(probability.shape[1:]), np.ones(len(fold)), []
+    for current in range(fold.max() + 2):  # the last one tests nobody
+        tested = fold == current
+        others = probability[:, ~tested], present[:, ~tested]
+        weights = stats.fit_fusion(*others, label[~tested], group[~tested])
+        temperature[tested] = weights.temperatures(present[:, tested])
+        logits[tested] = weights.mean(probability[:, tested], present[:, tested]) / temperature[tested, None]
+        chosen.append(weights)
+    return Answers(logits, temperature, np.zeros((len(fold), 0))), chosen  # a fusion has no hidden layers
 
 
 def agreed(aligned: Aligned, names: list[str]) -> tuple[np.ndarray, np.ndarray]:
@@ -3363,7 +3368,7 @@ def common_folds(aligned: Aligned, group: np.ndarray, names: list[str]) -> np.nd
                 number_of[own] = max([*common.values(), *number_of.values()], default=-1) + 1
             if common.setdefault(speaker, number_of[own]) != number_of[own]:
                 raise UsageError(f"{name} tests {speaker} in several folds")
-    return np.array([common[speaker] for speaker in group])
+    return stats.numbered([common[speaker] for speaker in group])  # no fold without an utterance
 
 
 def fused_utterances(runs: list[Results], aligned: Aligned, label: np.ndarray, speaker: np.ndarray):
