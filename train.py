@@ -2991,34 +2991,40 @@ def load_results(run: Path, scored: bool = True) -> Results:
     if not whole:
         raise UsageError(f"{run}: metrics.json or fusion.npz is damaged, or of another version of train.py")
     if metrics.get("fold_scheme") == TRANSFER:  # not all of them are scored
-        of_scored = np.isin(arrays["speaker"], ["", *metrics["speakers"]]) & (arrays["version"] == "")
-        arrays["label"] = np.where(of_scored, arrays["label"], -1)
+        unseen = np.isin(arrays["speaker"], ["", *metrics["speakers"]])
+        arrays["label"] = np.where(unseen & (arrays["version"] == ""), arrays["label"], -1)
     return Results(str(run), metrics, arrays)
 
 
 def has_all_scores(metrics) -> bool:
     """Whether metrics.json has what is compared; any exception means the same as False."""
-    intervals = [metrics[f"{name}_ci95"] for name in SCORES]
-    counts = metrics["n_utterances"], metrics["n_speakers"], len(metrics["folds"]), len(metrics["speakers"])
-    numbers = [metrics["ece"], *(metrics[name] for name in SCORES), *itertools.chain(*intervals), *counts]
+    numbers = [metrics[name] for name in ("ece", "n_utterances", "n_speakers", *SCORES)]
+    numbers += [len(metrics[name]) for name in ("folds", "speakers")]
+    for name in SCORES:
+        low, high = metrics[f"{name}_ci95"]
+        numbers += low, high
     numeric = all(number is None or type(number) in (int, float) for number in numbers)
-    return numeric and all(len(pair) == 2 for pair in intervals) and isinstance(metrics["fold_scheme"], str)
+    return numeric and isinstance(metrics["fold_scheme"], str)
 
 
 def has_all_answers(arrays) -> bool:
     """Whether fusion.npz has the answers for each utterance; any exception means the same as False."""
     rows, columns = arrays["logits"].shape
     texts = ("id", "utterance", "speaker", *GROUPS, "version")
-    by_row = (*texts, "temperature", "label", "fold")
-    whole = all(arrays[name].shape == (rows,) for name in by_row) and arrays["classes"].shape == (columns,)
-    whole = whole and arrays["model"].shape == ()
+    shapes = dict.fromkeys((*texts, "temperature", "label", "fold"), (rows,))
+    shapes |= {"classes": (columns,), "model": ()}
+    if any(arrays[name].shape != shape for name, shape in shapes.items()):
+        return False
     for name in ("classes", "model", *texts):
-        whole = whole and arrays[name].dtype.kind == "U"
         # numpy itself fails with a SystemError at numbers that are no characters.
-        whole = whole and np.atleast_1d(arrays[name]).view(np.uint32).max() <= sys.maxunicode
-    whole = whole and all(arrays[name].dtype.kind == "i" for name in ("label", "fold"))
-    whole = whole and np.isfinite(arrays["logits"]).all() and np.isfinite(arrays["temperature"]).all()
-    return whole and arrays["temperature"].min() > 0 and -2 < arrays["label"].min() <= arrays["label"].max() < columns
+        codes = np.atleast_1d(arrays[name]).view(np.uint32)
+        if arrays[name].dtype.kind != "U" or codes.max() > sys.maxunicode:
+            return False
+    label, temperature = arrays["label"], arrays["temperature"]
+    if {label.dtype.kind, arrays["fold"].dtype.kind} != {"i"} or label.min() < -1 or label.max() >= columns:
+        return False
+    finite = np.isfinite(arrays["logits"]).all() and np.isfinite(temperature).all()
+    return finite and temperature.min() > 0
 
 
 class Aligned(NamedTuple):
@@ -3051,16 +3057,22 @@ def align(runs: list[Results]) -> Aligned:
     shape = len(runs), len(utterance)
     probability = np.zeros((*shape, len(classes)))
     known = np.zeros(probability.shape, bool)
-    row, label, fold, speaker = np.full(shape, -1), np.full(shape, -1), np.zeros(shape, int), np.full(shape, "", object)
+    row = np.full(shape, -1)
+    label = np.full(shape, -1)
+    fold = np.zeros(shape, int)
+    speaker = np.full(shape, "", object)
     for number, run in enumerate(runs):
-        arrays, column = run.arrays, np.array([classes.index(name) for name in names[number]])
+        arrays = run.arrays
+        column = np.array([classes.index(name) for name in names[number]])
         place = np.searchsorted(utterance, arrays["utterance"])
-        answers = stats.probabilities(arrays["logits"] / arrays["temperature"].astype(float)[:, None])
+        logits = arrays["logits"] / arrays["temperature"].astype(float)[:, None]
+        answers = stats.probabilities(logits)
         np.add.at(probability[number], (place[:, None], column), answers)
         known[number][np.ix_(place, column)] = True
         row[number, place] = np.arange(len(place))
-        label[number, place] = np.where(arrays["label"] >= 0, column[arrays["label"]], -1)
-        fold[number, place], speaker[number, place] = arrays["fold"], arrays["speaker"].tolist()
+        label[number, place] = np.where(arrays["label"] < 0, -1, column[arrays["label"]])
+        fold[number, place] = arrays["fold"]
+        speaker[number, place] = arrays["speaker"].tolist()
     files = probability.sum(-1, keepdims=True)
     probability = probability / np.where(files > 0, files, 1)
     return Aligned(utterance, tuple(classes), probability, known, row, label, speaker, fold)
@@ -3084,9 +3096,10 @@ def run_comparison(config: Config) -> int:
         return 0
     explanation = "95 % intervals are over speakers (jackknife); p is two-sided, and not corrected for several tests."
     title = f"Differences from {first.name} on the utterances of both, in points:"
-    tables = [format_table(rows, config.format) for rows in (score_cells(scores), difference_cells(differences))]
-    texts = [ESCAPES[config.format](text) for text in (title, explanation, *notes)]
-    print("\n\n".join([tables[0], texts[0], tables[1], *texts[1:]]))
+    escape = ESCAPES[config.format]
+    parts = [format_table(score_cells(scores), config.format), escape(title)]
+    parts += [format_table(difference_cells(differences), config.format), escape(explanation)]
+    print("\n\n".join([*parts, *map(escape, notes)]))
     return 0
 
 
@@ -3103,10 +3116,12 @@ def run_differences(aligned: Aligned) -> dict:
     label, other_label = aligned.label
     shared = np.flatnonzero((label >= 0) & (label == other_label))
     # Where the speaker is unknown, each utterance counts as its own.
-    speaker = [one or other or name for one, other, name in zip(*aligned.speaker[:, shared], aligned.utterance[shared])]
+    names = zip(*aligned.speaker[:, shared], aligned.utterance[shared].tolist())
+    speaker = [one or other or utterance for one, other, utterance in names]
     counts = []
     for probability in aligned.probability[:, shared]:
-        _, by_speaker = stats.group_counts(speaker, label[shared], probability.argmax(1), len(aligned.classes))
+        predicted = probability.argmax(1)
+        _, by_speaker = stats.group_counts(speaker, label[shared], predicted, len(aligned.classes))
         counts.append(by_speaker)
     differences = {name: found._asdict() for name, found in stats.paired_differences(*counts).items()}
     return {"n_utterances": len(shared), "n_speakers": len(set(speaker))} | differences
@@ -3114,10 +3129,11 @@ def run_differences(aligned: Aligned) -> dict:
 
 def comparison_notes(first: Results, other: Results, aligned: Aligned) -> list[str]:
     """What makes the scores of two runs differ besides their features and models."""
-    notes, names, metrics = [], (first.name, other.name), (first.metrics, other.metrics)
+    notes, metrics = [], (first.metrics, other.metrics)
 
     def add(kind: str, details: Iterable) -> None:
-        notes.append(f"{kind}: " + "; ".join(f"{name} has {detail}" for name, detail in zip(names, details)))
+        one, two = details
+        notes.append(f"{kind}: {first.name} has {one}; {other.name} has {two}")
 
     has_class, shared = aligned.known.any(1), aligned.present.all(0)
     if not has_class.all():
@@ -3125,10 +3141,13 @@ def comparison_notes(first: Results, other: Results, aligned: Aligned) -> list[s
     if not shared.all():
         add("UTTERANCES DIFFER", [f"{row.sum()}, {shared.sum()} of them in both" for row in aligned.present])
     label, other_label = aligned.label[:, shared]
-    if contradicting := int(((label != other_label) & (np.minimum(label, other_label) >= 0)).sum()):
-        notes.append(f"LABELS DIFFER: {contradicting} utterances of {first.name} have other labels in {other.name}")
-    folds, other_folds = aligned.fold[:, shared]
-    if len(set(zip(folds, other_folds))) > len(set(folds)) or len(set(folds)) != len(set(other_folds)):
+    contradicting = (label != other_label) & (label >= 0) & (other_label >= 0)
+    if count := int(contradicting.sum()):
+        notes.append(f"LABELS DIFFER: {count} utterances of {first.name} have other labels in {other.name}")
+    folds, other_folds = aligned.fold[:, shared].tolist()
+    # Their numbers do not matter: equal folds are as many as there are pairs.
+    pairs = set(zip(folds, other_folds))
+    if not len(pairs) == len(set(folds)) == len(set(other_folds)):
         add("FOLDS DIFFER", [f"{len(each['folds'])} ({each['fold_scheme']})" for each in metrics])
     independence = [each.get("speaker_independent") for each in metrics]
     if independence[0] != independence[1]:
@@ -3146,11 +3165,13 @@ def score_cells(scores: list[dict]) -> list[list[str]]:
     for run in scores:
         cells = []
         for name in SCORES:
-            low, high = run[f"{name}_ci95"]
-            cells.append(f"{percent(run[name])} ({percent(low)} to {percent(high)})")
-        folds = f"{run['n_folds']}" if run["fold_scheme"].isdecimal() else f"{run['n_folds']} ({run['fold_scheme']})"
-        counts = [str(run["n_utterances"]), str(run["n_speakers"]), folds, percent(run["ece"])]
-        rows.append([run["run"], *cells, *counts])
+            score, low, high = map(percent, (run[name], *run[f"{name}_ci95"]))
+            cells.append(f"{score} ({low} to {high})")
+        folds = str(run["n_folds"])
+        if not run["fold_scheme"].isdecimal():
+            folds += f" ({run['fold_scheme']})"
+        counts = [run["n_utterances"], run["n_speakers"], folds, percent(run["ece"])]
+        rows.append([run["run"], *cells, *map(str, counts)])
     return rows
 
 
@@ -3161,11 +3182,11 @@ def difference_cells(differences: list[dict]) -> list[list[str]]:
     for run in differences:
         cells = []
         for name in SCORES:
-            difference, low, high, p = run[name].values()
-            points = [f"{100 * value:+.1f}" for value in (difference, low, high)]
-            cells += [f"{points[0]} ({points[1]} to {points[2]})", f"{p:.3f}" if p >= 0.001 else "< 0.001"]
-            if not math.isfinite(difference):
-                cells[-2:] = "-", "-"
+            *values, p = run[name].values()
+            difference, low, high = (f"{100 * value:+.1f}" for value in values)
+            p = f"{p:.3f}" if p >= 0.001 else "< 0.001"
+            known = math.isfinite(values[0])
+            cells += [f"{difference} ({low} to {high})", p] if known else ["-", "-"]
         rows.append([run["run"], *cells, str(run["n_utterances"]), str(run["n_speakers"])])
     return rows
 
@@ -3307,15 +3328,21 @@ def fuse_folds(
     They are chosen on all other folds, so that nothing of a fold has a part in its own weights.
     """
     probability, present = stats.complete_probabilities(aligned.probability, aligned.known), aligned.present
-    logits, temperature, chosen = np.zeros(probability.shape[1:]), np.ones(len(fold)), []
+    logits, temperature = np.zeros(probability.shape[1:]), np.ones(len(fold))
+    chosen = []
     for current in range(fold.max() + 2):  # the last one tests nobody
         tested = fold == current
         others = probability[:, ~tested], present[:, ~tested]
         weights = stats.fit_fusion(*others, label[~tested], group[~tested])
+        logits[tested] = weights.mean(probability[:, tested], present[:, tested])
         temperature[tested] = weights.temperatures(present[:, tested])
-        logits[tested] = weights.mean(probability[:, tested], present[:, tested]) / temperature[tested, None]
         chosen.append(weights)
-    return Answers(logits, temperature, np.zeros((len(fold), 0))), chosen  # a fusion has no hidden layers
+    return fused_answers(logits, temperature), chosen
+
+
+def fused_answers(mean: np.ndarray, temperature: np.ndarray) -> Answers:
+    """The answers of a fusion, which has no hidden layers, from its weighted mean, (N, C), and temperatures, (N,)."""
+    return Answers(mean / temperature[:, None], temperature, np.zeros((len(mean), 0)))
 
 
 def agreed(aligned: Aligned, names: list[str]) -> tuple[np.ndarray, np.ndarray]:
@@ -3332,9 +3359,11 @@ def agreed(aligned: Aligned, names: list[str]) -> tuple[np.ndarray, np.ndarray]:
     for values, missing in ((aligned.label, -1), (aligned.speaker, "")):
         best = values.max(0)  # what is missing is smaller than anything else
         different = (values != best) & (values != missing)
-        for run, place in np.argwhere(different)[:1]:
+        if different.any():
+            run, place = np.argwhere(different)[0]
             other = int(np.argmax(values[:, place] == best[place]))
-            one, two = (aligned.classes[v] if missing == -1 else v for v in (values[run, place], best[place]))
+            pair = values[run, place], best[place]
+            one, two = pair if missing == "" else (aligned.classes[label] for label in pair)
             count = check_data.counted(int(different.any(0).sum()), "utterance")
             details = f"{aligned.utterance[place]} is {one} in {names[run]}, {two} in {names[other]}"
             raise UsageError(f"the runs disagree on {count}: {details}; train both with the same labels and --merge")
@@ -3397,7 +3426,8 @@ def fusion_notes(names: list[str], aligned: Aligned, weights: stats.FusionWeight
 
 def describe_fusion(runs: list[Results], classes: tuple[str, ...], weights: stats.FusionWeights) -> Fusion:
     """The fusion of some runs, with the speakers and the corpora of their config.json."""
-    models, origins = tuple(str(run.arrays["model"]) for run in runs), {"corpora": set(), "speakers": set()}
+    models = tuple(str(run.arrays["model"]) for run in runs)
+    origins: dict[str, set] = {"corpora": set(), "speakers": set()}
     for run, model in zip(runs, models):
         config = read_json(Path(run.name) / "config.json", MAX_DESCRIPTION)
         source = config.get("fusion", config)  # a run may be a fusion of others
@@ -3435,14 +3465,15 @@ def load_fusion(run: Path) -> Fusion:
     if description.get("format") != ARTIFACT_VERSION:
         raise UsageError(f"{run} was made by another version of train.py; fuse the runs again")
     try:
-        fusion = Fusion(**description["fusion"])
-        fusion = Fusion(*(tuple(field) for field in fusion[:-1]), float(fusion.temperature))
-        texts = [text for field in fusion[:-2] for text in field]
-        whole = all(isinstance(text, str) for text in texts) and len(set(fusion.classes)) == len(fusion.classes) > 1
-        whole = whole and len(fusion.runs) == len(fusion.models) == len(fusion.weights) > 1
-        whole = whole and min(fusion.weights) >= 0 < fusion.temperature < math.inf and 0 < sum(fusion.weights) < 2
+        held = description["fusion"]
+        texts = {name: tuple(held[name]) for name in ("classes", "corpora", "speakers", "runs", "models")}
+        weights = tuple(map(float, held["weights"]))
+        fusion = Fusion(**texts, weights=weights, temperature=float(held["temperature"]))
+        whole = all(isinstance(text, str) for text in itertools.chain(*texts.values()))
+        whole = whole and len(fusion.runs) == len(fusion.models) == len(weights)
+        whole = whole and min(weights) >= 0 < fusion.temperature < math.inf and 0 < sum(weights) < 2
         whole = whole and description["model"] == fusion.digests["model"]
-    except (LookupError, TypeError, ValueError, AttributeError, OverflowError, RecursionError):
+    except (LookupError, TypeError, ValueError, OverflowError):
         whole = False
     if not whole:
         raise UsageError(f"{run}: config.json is damaged")
@@ -3483,11 +3514,11 @@ def fused_predictions(runs: list[Results], fusion: Fusion) -> Predictions:
     aligned = align(runs)
     label, speaker = agreed(aligned, [run.name for run in runs])
     probability = stats.complete_probabilities(aligned.probability, aligned.known)
-    mean, temperature = fusion.chosen.mean(probability, aligned.present), fusion.chosen.temperatures(aligned.present)
-    answers = Answers(mean / temperature[:, None], temperature, np.zeros((len(mean), 0)))
+    weights, present = fusion.chosen, aligned.present
+    answers = fused_answers(weights.mean(probability, present), weights.temperatures(present))
     utterances = fused_utterances(runs, aligned, label, speaker)
     group = np.where(speaker != "", speaker, aligned.utterance)
-    return Predictions(utterances, aligned.classes, answers, np.full(len(mean), -1), group)
+    return Predictions(utterances, aligned.classes, answers, np.full(len(group), -1), group)
 
 
 # --- the device -----------------------------------------------------------------------------------------------------

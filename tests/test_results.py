@@ -541,7 +541,7 @@ def change_fusion(**changed):
         change_fusion(temperature=None),
         change_fusion(models=[1, 2]),
         change_fusion(speakers=5),
-        change_fusion(other=5),
+        change_fusion(runs=["one"]),
     ],
 )
 def test_a_damaged_fusion_is_refused(tmp_path, predicted, caplog, change):
