@@ -83,6 +83,7 @@ Array = Any  # of jax or numpy; jax is imported by start_jax
 EPOCHS_PER_CALL = 4  # of the compiled program; the host reads the measures, logs and saves between calls
 MIN_STEPS_PER_EPOCH = 16  # small sets get smaller batches, or an epoch would have too few updates
 MAX_LENGTH_GROUPS = 6  # in a batch of sequences: more groups mean less padding and a longer compilation
+CPU_COMPILER_OPTIONS = {"xla_backend_optimization_level": 1}  # three quarters of the compile time, the same speed
 MAX_BAD_STEPS = 5  # consecutive steps with a loss or gradient that is not finite; then the run ends
 MAX_SAVE_SHARE = 0.01  # of the training time goes into checkpoints; twice that in the first minute
 SAVE_RATE = 2e8  # bytes a second, assumed until the first checkpoint has been timed
@@ -92,7 +93,7 @@ MIN_VARIANCE = 1e-6  # of a pooled frame sequence, after normalisation: the root
 MEASURES = ("loss", "gradient_norm", "validation_loss", "validation_ua")  # of an epoch of a member
 HISTORY = dict.fromkeys(MEASURES, np.float32) | {"active": np.bool_, "skipped": np.int32}
 ARTIFACT_VERSION = 6  # of config.json and model.npz
-TRAINING_VERSION = 6  # raised when old checkpoints would continue differently, so that they are refused
+TRAINING_VERSION = 7  # raised when old checkpoints would continue differently, so that they are refused
 MAX_MISTAKES = 10  # in metrics.json and the report
 GROUPS = ("corpus", "gender", "intensity")  # fields of an utterance by which it is scored
 SCORES = {"ua": "UA (mean recall)", "wa": "WA (accuracy)", "macro_f1": "macro F1"}
@@ -864,6 +865,7 @@ class StaticConfig(NamedTuple):
     classes: int
     groups: tuple[tuple[int, int], ...]  # of a batch of sequences: rows, and frames each has room for; () for vectors
     steps: int  # batches in an epoch
+    counted: int  # most utterances of a batch that a member counts in its validation
     mixup: bool  # whether any member uses it
     sequential: bool  # members run one after the other, as on a CPU, where a member's parameters then stay in the cache
 
@@ -1114,6 +1116,8 @@ def validate(static: StaticConfig, data: DeviceData, member: Member, params):
     def add_batch(total, batch):
         read, own = batch
         inputs = pool(params, member, gather_batch(static, data, read))
+        counted = jnp.argsort(own < 0)[: static.counted]  # few, where all members read one batch
+        inputs, own = inputs[counted], own[counted]
         logits = static.network.apply({"params": params}, inputs, mask)
         # One-hot of -1 is all zeros; optax's cross-entropy with integer labels would take it for the last class.
         label = jnp.where(own >= 0, data.label[own], -1)
@@ -1219,6 +1223,7 @@ def set_up(experiment: "Experiment") -> tuple[StaticConfig, DeviceData, Member]:
         classes=classes,
         groups=groups,
         steps=steps,
+        counted=int((tables[1] >= 0).sum(1).max()),
         mixup=any(setting.mixup > 0 for setting in settings),
         sequential=not groups and mesh.devices.flat[0].platform == "cpu",
     )
@@ -1321,7 +1326,8 @@ def train_population(
     active = to_host(state.active)
     if active.any():  # before the clock starts from which the time left is estimated
         log.debug("compiling the training program")
-        program = program.lower(data, members, (np.uint32(0), np.int32(0)), state).compile()
+        program = program.lower(data, members, (np.uint32(0), np.int32(0)), state)
+        program = program.compile(CPU_COMPILER_OPTIONS if jax.default_backend() == "cpu" else None)
         log.debug("training the first epochs")
     started, first = time.perf_counter(), progress.epoch
     while active.any():

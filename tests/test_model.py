@@ -158,7 +158,7 @@ def pooling_of(sequences, spare=0, after=0.0):
     order = np.append(np.argsort(length, kind="stable"), -1)
     data = train.jax.device_put(train.device_data(dataset, order[:, None]))
     groups = tuple((rows, longest + spare) for rows, longest in train.length_groups(order[:, None], dataset))
-    static = train.StaticConfig(None, None, None, 1, groups, 1, False, False)
+    static = train.StaticConfig(None, None, None, 1, groups, 1, 1, False, False)
     member = train.Member(0, 0, None, None, np.float32(6), np.full(dim, 2, np.float32), None, None)
 
     def pooled(query):
