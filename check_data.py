@@ -1116,7 +1116,12 @@ def _label_by_pattern(files: list[str], text: str) -> Iterator[Label]:
         if match and match["emotion"]:
             fields = match.groupdict()
             emotion, speaker = fields.pop("emotion"), fields.pop("speaker", None)
-            yield emotions.custom_utterance(file, emotion, speaker, fields)
+            utterance = emotions.custom_utterance(file, emotion, speaker, fields)
+            if utterance.modality:  # of whatever modality, it is the same utterance
+                folder = stem[: len(stem) - len(match.string)]
+                name = folder + emotions.without_groups(match, "modality").strip(" _.-")
+                utterance = dataclasses.replace(utterance, stem=name)
+            yield utterance
         else:
             yield DataError("unknown-name", f"{stem!r} does not match --pattern")
 

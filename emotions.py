@@ -80,7 +80,7 @@ class Utterance:
     the side or the fold given by the user: train, validation, test or a number. `tail` is what follows the name of the
     corpus in the file name. `recording` is the same for all versions of one recording: copies, segments, modalities.
     `version` is what distinguishes such a file from the original, if that is there too, and `ending` what all names
-    without a known form end with; see `find_versions`.
+    without a known form end with; see `find_versions`. `stem` replaces the file name in `canonical`.
     """
 
     file: str
@@ -98,6 +98,7 @@ class Utterance:
     recording: str = ""
     version: str = ""
     ending: tuple[str, ...] = ()
+    stem: str = ""
 
     @property
     def canonical(self) -> str:
@@ -115,7 +116,7 @@ class Utterance:
         if self.corpus in CORPORA:
             return ":".join([_without_words(self.recording, self.ending), *_version_words(self)])
         copy_marks = _tokens(self.version) if _COPY_MARK.match(self.version) else ()
-        name = _without_words(_SUFFIXES.sub("", without_extensions(self.file)), copy_marks)
+        name = _without_words(_SUFFIXES.sub("", self.stem or without_extensions(self.file)), copy_marks)
         return _without_words(name, self.ending)
 
 
@@ -703,7 +704,7 @@ def _build_utterance(name: str, corpus_id: str, match: re.Match[str]) -> Utteran
         fields["gender"] = corpus.gender(speaker)
     # The same name is another recording in the folder of another speaker.
     owner = speaker or (_folder_of(name) if corpus.speaker_folder else "")
-    words = re.findall(r"[^\W_]+", _without_groups(match, "modality", "speaker"))
+    words = re.findall(r"[^\W_]+", without_groups(match, "modality", "speaker"))
     return Utterance(
         file=name,
         corpus=corpus_id,
@@ -714,7 +715,7 @@ def _build_utterance(name: str, corpus_id: str, match: re.Match[str]) -> Utteran
     )
 
 
-def _without_groups(match: re.Match[str], *groups: str) -> str:
+def without_groups(match: re.Match[str], *groups: str) -> str:
     """The text that was matched, with a space for each of these groups of the pattern."""
     text = match.string
     spans = [match.span(group) for group in groups if match.groupdict().get(group)]
@@ -853,7 +854,8 @@ def _compare_names(found: list[Utterance], free: list[int]) -> list[Name]:
         # In a corpus only behind the first word of any text: a folder may hold nothing but recordings of one word.
         spare = (source.sentence or "").count("_") if source.recording else len(ending)
         own_ending = ending[max(len(ending) - spare, 0) :]
-        found[number] = dataclasses.replace(source, file=utterance.file, recording=recording, ending=own_ending)
+        own = {"file": utterance.file, "stem": utterance.stem, "recording": recording, "ending": own_ending}
+        found[number] = dataclasses.replace(source, **own)
         words[number] += names[number][len(head) :]
     return words
 

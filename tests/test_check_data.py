@@ -159,6 +159,20 @@ def test_two_arrays_of_one_file_are_features_of_the_same_utterances(tmp_path):
     assert found["audio_features"][2] == ("clip_02", "fear")
 
 
+@pytest.mark.parametrize("folder", ["", "inner/"])
+def test_a_pattern_may_name_the_modality_which_is_no_part_of_the_utterance(tmp_path, folder):
+    found = {}
+    for modality in ("voice", "face"):
+        place = tmp_path / modality / folder
+        place.mkdir(parents=True)
+        for number, name in enumerate(("1", "2", "2_noise")):
+            np.savez(place / f"{modality}_s1_happy_{name}.npz", emb=numbers(4, seed=number))
+        pattern = r"(?P<modality>[a-z]+)_(?P<speaker>s\d)_(?P<emotion>[a-z]+)_\d.*"
+        result = scan(tmp_path / modality, pattern=pattern)
+        found[modality] = [utterance.canonical for utterance in result.utterances]
+    assert found["voice"] == found["face"] == [f"{folder}s1_happy_{name}" for name in ("1", "2", "2_noise")]
+
+
 def test_a_few_files_with_several_arrays_do_not_stop_the_others(tmp_path):
     for k in range(3):
         named(tmp_path, k, **({"one": numbers(20), "two": numbers(20)} if k == 1 else {"emb": numbers(20, seed=k)}))
