@@ -2990,8 +2990,8 @@ def load_results(run: Path, scored: bool = True) -> Results:
         arrays = check_data.read_arrays(run / "fusion.npz", kinds="fiU")
         whole = has_all_answers(arrays) and (not scored or has_all_scores(metrics))
     except stats.DataError as error:
-        kind = "results of a finished run" if scored else "predictions"
-        raise UsageError(f"{run} holds no {kind}: {error}") from None
+        files = "metrics.json and fusion.npz of a finished run" if scored else "fusion.npz with predictions"
+        raise UsageError(f"{run} holds no {files}: {error}") from None
     except (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError):
         whole = False
     if not whole:
@@ -3094,7 +3094,7 @@ def run_comparison(config: Config) -> int:
         aligned = align([first, other])
         differences.append({"run": other.name} | run_differences(aligned))
         notes += comparison_notes(first, other, aligned)
-    if min(found["n_speakers"] for found in differences) < stats.FEW_SPEAKERS:
+    if any(0 < found["n_speakers"] < stats.FEW_SPEAKERS for found in differences):
         notes.append(f"with fewer than {stats.FEW_SPEAKERS} speakers the intervals are unreliable")
     if config.format == "json":
         content = {"runs": scores, "first": first.name, "differences": differences, "notes": notes}
@@ -3130,7 +3130,8 @@ def run_differences(aligned: Aligned) -> dict:
         _, by_speaker = stats.group_counts(speaker, label[shared], predicted, len(aligned.classes))
         counts.append(by_speaker)
     differences = {name: found._asdict() for name, found in stats.paired_differences(*counts).items()}
-    return {"n_utterances": len(shared), "n_speakers": len(set(speaker))} | differences
+    known = set(aligned.speaker[:, shared].flat) - {""}
+    return {"n_utterances": len(shared), "n_speakers": len(known)} | differences
 
 
 def comparison_notes(first: Results, other: Results, aligned: Aligned) -> list[str]:
@@ -3397,7 +3398,8 @@ def common_folds(aligned: Aligned, group: np.ndarray, names: list[str]) -> np.nd
             known = number >= 0
             if known and (number_of.setdefault(own, number) != number or own_of.setdefault(number, own) != own):
                 advice = "train both with the same --folds and --seed, or with --folds table"
-                raise UsageError(f"{speaker} is tested with other speakers in {name} than in {names[0]}; {advice}")
+                found = f"{name} divides the speakers otherwise than {names[0]}: {speaker} is tested with others"
+                raise UsageError(f"{found}; {advice}")
         for speaker, own in members:
             if own not in number_of:
                 number_of[own] = max([*common.values(), *number_of.values()], default=-1) + 1

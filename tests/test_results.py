@@ -114,6 +114,12 @@ def test_differences_are_paired_by_speaker(two, capsys):
     assert (found["n_utterances"], found["n_speakers"]) == (96, 8)
 
 
+def test_intervals_over_few_speakers_are_noted(tmp_path, capsys):
+    few = utterances_of(speakers=range(1, 6))
+    runs = [write_results(tmp_path / f"{seed}", seed=seed, utterances=few) for seed in (1, 2)]
+    assert compare(capsys, *runs)["notes"] == ["with fewer than 6 speakers the intervals are unreliable"]
+
+
 def test_a_run_does_not_differ_from_itself(two, capsys):
     found = compare(capsys, two[0], two[0], two[1])
     assert found["differences"][0]["ua"] == {"difference": 0, "low": 0, "high": 0, "p": 1}
@@ -145,7 +151,8 @@ def test_utterances_of_unknown_speakers_count_as_their_own(tmp_path, two, capsys
     change_arrays(two[0], speaker=np.array([utterance.speaker for utterance in unknown]))
     change_arrays(two[1], speaker=np.array([utterance.speaker for utterance in unknown]))
     (found,) = compare(capsys, *two)["differences"]
-    assert found["n_speakers"] == 96
+    assert found["n_speakers"] == 0
+    assert 0 < found["ua"]["high"] - found["ua"]["low"] < 0.4
 
 
 # --- what else differs ---
@@ -182,8 +189,7 @@ def test_runs_without_a_common_utterance_have_no_difference(tmp_path, two, capsy
     found = compare(capsys, two[0], other)
     assert found["differences"][0]["ua"] == {"difference": None, "low": -1, "high": 1, "p": 1}
     assert found["notes"] == [
-        f"UTTERANCES DIFFER: {two[0]} has 96, 0 of them in both; {other} has 48, 0 of them in both",
-        "with fewer than 6 speakers the intervals are unreliable",
+        f"UTTERANCES DIFFER: {two[0]} has 96, 0 of them in both; {other} has 48, 0 of them in both"
     ]
     assert re.search(r"^\S+other +- +- +- +- +- +- +0 +0$", compare(capsys, two[0], other, form=None), re.MULTILINE)
 
@@ -303,7 +309,7 @@ def test_a_damaged_or_foreign_run_is_refused_in_one_line(two, caplog, damage):
     damage(two[1])
     line = refusal(caplog, "--compare", *two)
     assert line.startswith(str(two[1]))
-    assert "damaged" in line or "holds no results of a finished run" in line
+    assert "damaged" in line or "holds no metrics.json and fusion.npz of a finished run" in line
 
 
 def test_an_unfinished_run_is_refused(two, caplog):
@@ -560,12 +566,13 @@ def test_folds_that_divide_the_speakers_otherwise_are_refused(tmp_path, two, cap
     swapped = np.where(speaker == "ravdess:03", 1, np.where(speaker == "ravdess:04", 4, fold))
     change_arrays(two[1], fold=swapped.astype(np.int32))
     line = refusal(caplog, "--fuse", *two, "--out", tmp_path / "fused")
-    assert re.match(r"ravdess:0[1-8] is tested with other speakers in \S+poor than in \S+good; train both with", line)
+    expected = r"\S+poor divides the speakers otherwise than \S+good: ravdess:0[1-8] is tested with others; train both"
+    assert re.match(expected, line)
     merged = np.where(fold == 2, 1, fold)
     change_arrays(two[1], fold=merged.astype(np.int32))
-    assert "is tested with other speakers" in refusal(caplog, "--fuse", *two, "--out", tmp_path / "fused")
+    assert "is tested with others" in refusal(caplog, "--fuse", *two, "--out", tmp_path / "fused")
     change_arrays(two[1], fold=(np.arange(96) % 5 + 1).astype(np.int32))
-    assert "is tested with other speakers" in refusal(caplog, "--fuse", *two, "--out", tmp_path / "fused")
+    assert "is tested with others" in refusal(caplog, "--fuse", *two, "--out", tmp_path / "fused")
     assert "tests ravdess:01 in several folds" in refusal(caplog, "--fuse", *two[::-1], "--out", tmp_path / "fused")
 
 
