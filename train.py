@@ -102,7 +102,6 @@ MAX_DESCRIPTION, MAX_MODEL = 1 << 24, 1 << 30  # bytes of config.json and of mod
 TRANSFER = "transfer"  # instead of the folds, in the scores of --predict
 OTHER_CLASS = "the label is not among the classes"
 SCORE_FILES = ("metrics.json", "report.html", "confusion.csv")
-PREDICTIONS = ("predictions.csv", "skipped.csv", "fusion.npz", *SCORE_FILES)  # files that --predict writes
 RUN_FILES = ("config.json", "model.npz", "history.csv", "train.log", "lock")  # files that only a run writes
 
 
@@ -454,9 +453,7 @@ def check_output_folder(run: Path, directory: Path) -> None:
         is_ours = (run / "lock").is_file() and (run / "train.log").is_file()
     if not is_ours and holds_predictions(run):
         raise UsageError(f"{run} holds predictions, and no run; choose another --out")
-    files = sorted(os.listdir(run)) if run.is_dir() else []
-    own = ("lock", "remote.log")  # of a run that has hardly begun
-    check_folder(run, directory, [file for file in files if file not in own and not file.startswith(".")], is_ours)
+    check_folder(run, directory, is_ours)
 
 
 def folder_digest(directory: Path) -> str:
@@ -481,8 +478,8 @@ def read_json(path: Path, limit: int = MAX_MODEL) -> dict:
     return content if isinstance(content, dict) else {}
 
 
-def check_folder(out: Path, features: Path, files: Iterable[str], is_ours: bool) -> None:
-    """Refuse an output folder that is none, is among the features, or has such files that are not ours."""
+def check_folder(out: Path, features: Path, is_ours: bool) -> None:
+    """Refuse an output folder that is none, is among the features, or has files that are not ours."""
     if not os.path.lexists(out):
         return
     if not out.is_dir():
@@ -491,9 +488,10 @@ def check_folder(out: Path, features: Path, files: Iterable[str], is_ours: bool)
     same = features.exists() and os.path.samefile(out, features)
     if same or check_data.holds_features(out, subfolders=inside):
         raise UsageError(f"--out {out} is the feature folder, or contains features; choose another")
-    found = [file for file in files if os.path.lexists(out / file)]
-    if found and not is_ours:
-        raise UsageError(f"{out} holds {found[0]}, which is not of this program; choose another --out")
+    own = ("lock", "remote.log")  # of a run that has hardly begun
+    for file in sorted(os.listdir(out)):
+        if not (is_ours or file in own or file.startswith(".")):
+            raise UsageError(f"{out} holds {file}, which is not of this program; choose another --out")
 
 
 def package_versions(packages=("jax", "flax", "optax", "numpy")) -> dict[str, str]:
@@ -2871,7 +2869,7 @@ def check_prediction_folder(out: Path, features: Path, run: Path) -> None:
         raise UsageError(f"{out} holds the results of a training run; choose another --out")
     if any(part.is_symlink() for part in (out, *out.parents) if run in part.parents):
         raise UsageError(f"{out}: the model's folder has a link there; remove it, or choose another --out")
-    check_folder(out, features, PREDICTIONS, holds_predictions(out))
+    check_folder(out, features, holds_predictions(out))
 
 
 def holds_predictions(folder: Path) -> bool:

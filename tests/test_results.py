@@ -526,6 +526,11 @@ def test_predictions_of_the_wrong_models_are_refused(tmp_path, predicted, caplog
         caplog, "DIR", "--predict", fusion
     )
     assert not (tmp_path / "labelled").exists()
+    features = tmp_path / "features" / "happy"
+    features.mkdir(parents=True)
+    for out in (first, features.parent, good):
+        message = refusal(caplog, "--fuse", first, second, "--predict", fusion, "--out", out)
+        assert re.search("is one of the folders|holds happy, which is not|results of a training run", message)
 
 
 def change_fusion(**changed):
