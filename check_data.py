@@ -90,13 +90,19 @@ class UsageError(Exception):
 
 
 def option(
-    default: Any, text: str, group: str = "input and labels", choices: Iterable[str] = (), metavar: str = ""
+    default: Any,
+    text: str,
+    group: str = "input and labels",
+    choices: Iterable[str] = (),
+    *,
+    metavar: str = "",
+    bare: str | None = None,
 ) -> Any:
     """Define a field of an options dataclass, with its default and its --help text, group and choices.
 
-    An option with a `metavar` takes several values at once.
+    An option with a `metavar` takes several values at once; one with `bare` may stand without a value, and is that.
     """
-    metadata = {"help": text, "group": group, "choices": tuple(choices), "metavar": metavar}
+    metadata = {"help": text, "group": group, "choices": tuple(choices), "metavar": metavar, "bare": bare}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -150,7 +156,9 @@ def add_option(group: Any, field: dataclasses.Field) -> None:
         kind = next(k for k in (int, float, str) if k in (field.type, *getattr(field.type, "__args__", ())))
         text += f": {', '.join(choices)}" if choices else ""
         text += "" if default is None else " (default: %(default)s)"
-        group.add_argument(flag, type=kind, default=default, metavar=kind.__name__.upper(), help=text)
+        bare = field.metadata["bare"]
+        several = {"nargs": "?", "const": bare} if bare else {}
+        group.add_argument(flag, type=kind, default=default, metavar=kind.__name__.upper(), help=text, **several)
 
 
 def option_flag(name: str) -> str:

@@ -345,7 +345,10 @@ def json_bytes(content: dict) -> bytes:
 
 
 class Moments(NamedTuple):
-    """Count, mean and summed squared deviation of frames in float64; `mean` and `m2` have shape (..., D)."""
+    """Count, mean and summed squared deviation of frames; `mean` and `m2` have shape (..., D), and sums are in float64.
+
+    Those of single frames may be their own float32 values, with an `m2` of (..., 1) zeros.
+    """
 
     count: np.ndarray
     mean: np.ndarray
@@ -373,12 +376,17 @@ class Moments(NamedTuple):
         digit of a variance that is small beside the mean.
         """
         count = self.count[keep]
-        mean = self.mean[keep]
-        m2 = self.m2[keep]
         total = count.sum()
-        centre = (count[:, None] * mean).sum(0) / total
-        between = count[:, None] * np.square(mean - centre)
-        return Moments(total, centre, (m2 + between).sum(0))
+        blocks = []
+        # Some columns at a time: float64 copies of all would take several times the memory of the features.
+        for start in range(0, self.mean.shape[1], 2048):
+            columns = slice(start, start + 2048)
+            mean = self.mean[keep, columns]
+            m2 = np.broadcast_to(self.m2, self.mean.shape)[keep, columns]
+            centre = (count[:, None] * mean).sum(0) / total
+            between = count[:, None] * np.square(mean - centre)
+            blocks.append((centre, (m2 + between).sum(0)))
+        return Moments(total, *map(np.concatenate, zip(*blocks)))
 
     def statistics(self) -> "Statistics":
         std = np.sqrt(self.m2 / self.count)
@@ -965,7 +973,7 @@ def expected_calibration_error(probability: np.ndarray, label: np.ndarray, bins:
 SHRINKAGES = (0.01, 0.03, 0.1, 0.2, 0.3, 0.5, 0.8)  # of the covariance; validation speakers choose one
 MIN_SPREAD = 0.03  # floor of the deviation within classes, where normalised features have about 1
 LOGIT_WEIGHTS = tuple(0.02 * 1.25**step for step in range(24))  # to choose from: 0.02 to 3.4
-LOSS_POWER = 4  # how strongly the better of the two parts is preferred
+LOSS_POWER = 4  # how strongly better parts, and better layers, are preferred
 
 
 def fit_lda(x: np.ndarray, label: np.ndarray, classes: int) -> tuple[np.ndarray, np.ndarray]:
@@ -1027,16 +1035,38 @@ def _shrunken_solver(within: np.ndarray, rhs: np.ndarray) -> Callable[[float, fl
     return solve_dual
 
 
+def layer_logits(x: np.ndarray, kernel: np.ndarray, bias: np.ndarray) -> np.ndarray:
+    """Logits (L, 7, N, C) of each layer with each shrinkage, for x (N, L D), from the outcome of `fit_lda` for each."""
+    layers = np.stack(np.split(x, len(kernel), 1))[:, None]
+    return layers @ kernel + bias[:, :, None]
+
+
+class LinearWeights(NamedTuple):
+    """The choice of the linear part on validation utterances."""
+
+    loss: float
+    weight: float  # of its logits
+    shrinkage: int  # index in SHRINKAGES
+    layers: np.ndarray  # share of each layer, (L,)
+
+
 class EnsembleWeights(NamedTuple):
-    """Weights of the two parts of a fold's models, and the shrinkage of the linear part.
+    """Weights of the two parts of a fold's models, and what the linear part consists of.
 
     The logits of a model are the weighted sum of both parts, divided by `temperature` for calibration.
     """
 
     shrinkage: int  # index in SHRINKAGES
+    layers: tuple[float, ...]  # share of each layer in the linear part
     hidden: float
     linear: float
     temperature: float
+
+    def add_layers(self, kernel: np.ndarray, bias: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """One linear model of all layers, (L D, C) and (C,), from those of each, (L, 7, D, C) and (L, 7, C)."""
+        share = np.array(self.layers)
+        kernel = share[:, None, None] * kernel[:, self.shrinkage]
+        return np.concatenate(list(kernel)), share @ bias[:, self.shrinkage]
 
 
 def fit_ensemble_weights(
@@ -1048,21 +1078,47 @@ def fit_ensemble_weights(
     the part with the smaller loss gets the larger share. Finally the sum is calibrated. Weights fitted jointly would be
     optimal for single seeds, but the seeds are averaged, and the hidden layers gain more from that.
 
-    For the n validation utterances of each seed, `hidden` has logits (n, C), `linear` has logits (shrinkages, n, C),
+    For the n validation utterances of each seed, `hidden` has logits (n, C), `linear` has logits (L, shrinkages, n, C),
     and `label` has classes (n,).
     """
-    weights = (0.0, *LOGIT_WEIGHTS)
-    hidden_loss, hidden_weight = _best_weight(hidden, label, weights)
-    candidates = [_best_weight(list(logits), label, weights) for logits in zip(*linear)]  # of each shrinkage
-    shrinkage = min(range(len(candidates)), key=lambda index: candidates[index][0])
-    linear_loss, linear_weight = candidates[shrinkage]
-    loss_ratio = hidden_loss / max(linear_loss, 1e-9)  # a perfect linear part has a loss of 0
-    hidden_share = 1 / (1 + loss_ratio**LOSS_POWER)  # 1/2 at equal losses
-    hidden_weight = 2 * hidden_share * hidden_weight
-    linear_weight = 2 * (1 - hidden_share) * linear_weight
-    total = [hidden_weight * one + linear_weight * other[shrinkage] for one, other in zip(hidden, linear)]
+    hidden_loss, hidden_weight = _best_weight(hidden, label, (0.0, *LOGIT_WEIGHTS))
+    chosen = choose_shrinkage(linear, label)
+    hidden_share, linear_share = _shares([hidden_loss, chosen.loss])
+    hidden_weight = 2 * float(hidden_share) * hidden_weight
+    linear_weight = 2 * float(linear_share) * chosen.weight
+    linear_logits = [_add_layers(chosen.layers, seed[:, chosen.shrinkage]) for seed in linear]
+    total = [hidden_weight * one + linear_weight * other for one, other in zip(hidden, linear_logits)]
     _, calibration = _best_weight(total, label, LOGIT_WEIGHTS)
-    return EnsembleWeights(shrinkage, hidden_weight, linear_weight, 1 / calibration)
+    layers = tuple(chosen.layers.tolist())
+    return EnsembleWeights(chosen.shrinkage, layers, hidden_weight, linear_weight, 1 / calibration)
+
+
+def choose_shrinkage(linear: list[np.ndarray], label: list[np.ndarray]) -> LinearWeights:
+    """Choose shrinkage and weight of the linear part, and the shares of its layers; see `fit_ensemble_weights`.
+
+    All layers have the same shrinkage, that of their best sum: it is smaller than the best one of each alone, since
+    their errors differ.
+    """
+    weights, candidates = (0.0, *LOGIT_WEIGHTS), []
+    for shrinkage in range(linear[0].shape[1]):
+        layers = [[logits[layer, shrinkage] for logits in linear] for layer in range(len(linear[0]))]
+        share = np.ones(1)
+        if len(layers) > 1:
+            share = _shares([_best_weight(logits, label, weights)[0] for logits in layers])
+        total = [_add_layers(share, logits[:, shrinkage]) for logits in linear]
+        candidates.append(LinearWeights(*_best_weight(total, label, weights), shrinkage, share))
+    return min(candidates, key=lambda candidate: candidate.loss)
+
+
+def _add_layers(share: np.ndarray, logits: np.ndarray) -> np.ndarray:
+    return np.tensordot(share, logits, 1)
+
+
+def _shares(losses: list[float]) -> np.ndarray:
+    """Shares of parts, which sum to 1; the smaller loss gets the larger one, and equal losses get equal ones."""
+    losses = np.maximum(losses, 1e-9)  # a perfect linear part has a loss of 0
+    inverse = (losses.min() / losses) ** LOSS_POWER
+    return inverse / inverse.sum()
 
 
 def _best_weight(logits: list[np.ndarray], label: list[np.ndarray], weights: tuple[float, ...]) -> tuple[float, float]:

@@ -87,6 +87,9 @@ SEQUENTIAL_OPTIONS = {"xla_backend_optimization_level": 1}  # less compilation; 
 MAX_BAD_STEPS = 5  # consecutive steps with a loss or gradient that is not finite; then the run ends
 MAX_SAVE_SHARE = 0.01  # of the training time goes into checkpoints; twice that in the first minute
 SAVE_RATE = 2e8  # bytes a second, assumed until the first checkpoint has been timed
+PRIORS = (1, 4, 16)  # to choose from: as many utterances of a speaker count as much as the mean of all speakers
+MIN_GAIN = 0.05  # of the validation loss; less is no reason to adapt
+LAYER_RATE = 10  # of the weights of layers, times the learning rate: few steps must move them far enough
 SHARED_KEY = 2**32 - 1  # branch of the random numbers that all members share
 FORWARD_BATCH = 256  # utterances in a product outside training, pooled one by one before
 MIN_VARIANCE = 1e-6  # of a pooled frame sequence, after normalisation: the root of 0 has no gradient
@@ -138,6 +141,9 @@ class Config(check_data.ScanOptions):
     format: str | None = option(None, "form of a comparison, as Markdown, LaTeX or JSON", "output", FORMATS)
     seeds: int = option(5, "models per fold, each with other validation speakers; their logits are averaged", "split")
     seed: int = option(0, "random seed", "split")
+    adapt: str | None = option(
+        None, "centre each utterance with the others of its speaker, all or at most STR", "training", bare="all"
+    )
     epochs: int = option(40, "maximum epochs", "training")
     patience: int = option(10, "early-stopping patience in epochs", "training")
     batch: int = option(64, "maximum batch size; smaller on small sets, for about 16 steps per epoch", "training")
@@ -176,6 +182,8 @@ class Config(check_data.ScanOptions):
         for name in ("seeds", "epochs", "patience", "batch", "width", "sweep"):
             require(1 <= getattr(self, name) <= MAX_NUMBER, name, f"from 1 to {MAX_NUMBER}")
         require(self.seeds * self.width <= MAX_UNITS, "width", f"at most {MAX_UNITS} / --seeds")
+        allowed = self.adapt is None or re.fullmatch("all|[1-9][0-9]{0,5}", self.adapt)
+        require(bool(allowed), "adapt", "all, or a number above 0")
         for name in ("learning_rate", "clip"):
             require(0 < getattr(self, name) < math.inf, name, "above 0")
         for name in ("dropout", "label_smoothing", "mixup"):
@@ -209,7 +217,11 @@ command resumes the run
 def parse_config(arguments=None) -> Config:
     description = "Train an emotion classifier on a folder of speech embeddings, or label one with a trained model."
     parser, _ = check_data.build_parser(Config, description, DETAILS)
-    return Config(**vars(parser.parse_args(arguments)))
+    words = sys.argv[1:] if arguments is None else list(arguments)
+    for place, word in enumerate(words[1:]):
+        if words[place] == "--adapt" and not re.fullmatch("all|[0-9]+", word):
+            words[place] = "--adapt=all"  # or argparse would take the DIR behind it for its value
+    return Config(**vars(parser.parse_args(words)))
 
 
 def log_unused(config: Config, reason: str, names: Iterable[str]) -> None:
@@ -281,12 +293,13 @@ def train_and_score(config: Config, run: "RunFolder", run_log: logging.handlers.
     if dataset.frames is None:
         log_unused(config, "on vectors", ("pooling", "transpose"))
     split = make_split(dataset, config)
+    dataset = add_others(dataset, split, config)
     stored, to_save = choose_statistics(scan, dataset, config)
     experiment = Experiment(config, dataset, split, stored)
     identity = run_identity(experiment, scan.fingerprint)
     finished = run.is_finished(config, identity)
     epochs_done = run.find_checkpoint(identity, config.fresh)
-    if to_save and is_primary() and not stats.save(scan.directory, stored.statistics, scan.fingerprint):
+    if to_save and is_primary() and not stats.save(scan.directory, stored.statistics, scan.fingerprint, scan.layers):
         log.info("statistics: files appeared in DIR during the scan; they are neither used nor replaced")
     if from_primary(np.array(finished and not epochs_done and not config.fresh)):
         return None
@@ -541,6 +554,10 @@ class Dataset(NamedTuple):
 
     `x` is the mean over the frames of each utterance, float32, shape (N, D); `length` the number of its frames; `label`
     an index into `classes`; `moments` those of its frames, stacked along N. `frames` is None for vectors.
+
+    With several `layers` of an encoder, x has those of an utterance one after the other; D is L times their width. With
+    --adapt, utterances are trained on beside all `others` of their speaker, and validated and tested beside those that
+    are `given`.
     """
 
     x: np.ndarray
@@ -550,6 +567,13 @@ class Dataset(NamedTuple):
     utterances: list[emotions.Utterance]
     moments: stats.Moments
     frames: Frames | None = None
+    layers: int = 1
+    others: "Others | None" = None
+    given: "Others | None" = None
+
+    def mean_layer(self, x):
+        """The mean over the layers of normalised x, (N, D): (N, D / L)."""
+        return x.reshape(len(x), self.layers, -1).mean(1)
 
     def features(self, chosen):
         """Yield the features of utterances as they were read, (T, D) each; a vector is a single frame."""
@@ -561,23 +585,89 @@ class Dataset(NamedTuple):
                 yield self.frames.rows[start : start + self.length[place]] + self.x[place]
 
 
+class Others(NamedTuple):
+    """The other utterances of the speaker of each utterance: their mean, shape (N, D), and their number, (N,)."""
+
+    mean: Array
+    count: Array
+
+    def of(self, chosen) -> "Others":
+        return Others(self.mean[chosen], self.count[chosen])
+
+
+def other_utterances(x, utterances: list[emotions.Utterance], most: float = math.inf, seed: int = 0) -> Others:
+    """The other utterances of each speaker; if they are more than `most`, so many are drawn.
+
+    The features of an utterance never move its own mean, not even by rounding, nor do those of its versions and other
+    files of the same recording. Versions are not among the others. No label is used.
+    """
+    speaker = np.array([utterance.speaker or "" for utterance in utterances])
+    recording = stats.numbered([utterance.recording or utterance.file for utterance in utterances])
+    original = np.array([not utterance.version for utterance in utterances])
+    random = np.random.default_rng(seed)
+    others = Others(np.zeros_like(x), np.zeros(len(x), np.float32))
+    for name in np.unique(speaker[speaker != ""]):
+        own = np.flatnonzero(speaker == name)
+        source = own[original[own]]
+        group = stats.numbered(recording[own])
+        size = np.bincount(group, original[own])
+        others.count[own] = (len(source) - size)[group]
+        if others.count[own].max() > most:
+            for place in own:
+                drawn = random.permutation(source[recording[source] != recording[place]])[: int(most)]
+                others.mean[place] = x[drawn].mean(0, dtype=np.float64)
+                others.count[place] = len(drawn)
+            continue
+        sums = np.zeros((len(size), x.shape[1]))
+        np.add.at(sums, group[original[own]], x[source])
+        nothing = np.zeros_like(sums[:1])
+        before = np.concatenate([nothing, sums[:-1]]).cumsum(0)
+        behind = np.concatenate([sums[1:], nothing])[::-1].cumsum(0)[::-1]
+        others.mean[own] = (before + behind)[group] / np.maximum(others.count[own], 1)[:, None]
+    return others
+
+
+def most_others(adapt: str) -> float:
+    return math.inf if adapt == "all" else int(adapt)
+
+
+def add_others(dataset: Dataset, split: "Split", config: Config) -> Dataset:
+    """Add what --adapt needs. A UsageError is raised where speakers are unknown, or not divided by the split."""
+    if config.adapt is None:
+        return dataset
+    if not split.independent:  # training would see the features of test speakers
+        raise UsageError(f"--adapt needs the speaker of every file, and folds that divide speakers: {split.notes[0]}")
+    others = given = other_utterances(dataset.x, dataset.utterances)
+    if config.adapt != "all":  # training is better with all of them, too
+        given = other_utterances(dataset.x, dataset.utterances, most_others(config.adapt), config.seed)
+    return dataset._replace(others=others, given=given)
+
+
 def pack(scan: check_data.Scan, pooling: str = "attentive") -> Dataset:
     """Pack a scan with features into one block; the scan's own arrays are released on the way.
 
-    With mean pooling an utterance is the mean of its frames, and the frames are not kept.
+    With mean pooling an utterance is the mean of its frames, and the frames are not kept. Layers become one vector.
     """
     utterances = [record.utterance for record in scan.records]
     classes = tuple(scan.count("emotion"))
     label = [classes.index(utterance.emotion) for utterance in utterances]
     sequences, scan.features = scan.features, []
-    moments = stats.Moments.stack([stats.Moments.of(sequence) for sequence in sequences])
+    if scan.layers > 1:
+        sequences = [layers.reshape(1, -1) for layers in sequences]
+    if all(len(sequence) == 1 for sequence in sequences):
+        x = np.concatenate(sequences)
+        moments = stats.Moments(np.ones(len(x)), x, np.zeros((len(x), 1)))
+    else:
+        moments = stats.Moments.stack([stats.Moments.of(sequence) for sequence in sequences])
+        x = moments.mean.astype(np.float32)
     dataset = Dataset(
-        x=moments.mean.astype(np.float32),
+        x=x,
         length=np.ones(len(label), int),
         label=np.array(label, np.int32),
         classes=classes,
         utterances=utterances,
         moments=moments,
+        layers=scan.layers,
     )
     length = moments.count.astype(int)
     if pooling == "mean" or length.max() == 1:
@@ -744,7 +834,7 @@ def choose_statistics(scan: check_data.Scan, dataset: Dataset, config: Config):
             raise UsageError(f"{stats.MEAN_FILE} and {stats.STD_FILE} in DIR were supplied by you; move them first")
         log.info(f"normalisation: every model from {name}, supplied by you")
         return stored, False
-    log.info("normalisation: each fold from its training speakers; final model from all data")
+    log.info("normalisation: each fold from the speakers that it does not test; final model from all data")
     if scan.statistics_are_stale and not config.recompute_stats:
         log.info(f"statistics: {name} was computed for other files; it is neither used nor replaced")
     # Those of other files stay: the next run may be on them again.
@@ -752,24 +842,73 @@ def choose_statistics(scan: check_data.Scan, dataset: Dataset, config: Config):
     return stats.Stored(dataset.moments.merged().statistics(), False, scan.fingerprint), to_save
 
 
-def member_statistics(dataset: Dataset, split: Split, stored: stats.Stored):
-    """Mean and scale for each row of the split, shape ((K + 1) S, D).
+def centre(model, others: Others | None):
+    """What utterances are measured from, by a Member or an Ensemble: the mean of the training speakers, (D,).
 
-    The user's own apply to every model. Otherwise the models of a fold use those of their training speakers, and only
-    the final model uses the stored pair, which has seen all data.
+    With --adapt it is (N, D), as it is moved towards the mean of the other utterances of their speaker. n of them move
+    it by n / (n + prior), as in the maximum a posteriori estimate of a mean (Gauvain and Lee 1994).
     """
-    chosen = [stored.statistics] * len(split.train)
-    if not stored.user_supplied:
-        # Utterances that always train together are merged once, and not for every row.
-        patterns, part = np.unique(split.train, axis=1, return_inverse=True)
-        part = part.reshape(-1)  # some versions of numpy keep an axis
-        parts = [dataset.moments.merged(part == number) for number in range(patterns.shape[1])]
-        moments = stats.Moments.stack(parts)
-        for row in range(split.folds * split.seeds):
-            chosen[row] = moments.merged(patterns[row]).statistics()
-    mean = np.stack([statistics.mean for statistics in chosen])
-    scale = np.stack([statistics.scale() for statistics in chosen])
-    return mean, scale
+    if others is None:
+        return model.mean
+    share = others.count / (others.count + model.prior)
+    return model.mean + share[..., None] * (others.mean - model.mean)
+
+
+def normalise_folds(dataset: Dataset, split: Split, stored: stats.Stored):
+    """The normalisation of each fold and of the final model: mean and scale, (K + 1, D), and prior, (K + 1,).
+
+    That of a fold is computed from all speakers that it does not test; the final model uses the stored statistics,
+    which have seen all data. The user's own apply to every model.
+    """
+    if not stored.user_supplied:  # the utterances of a fold are merged once, and not for every other fold
+        folds = np.unique(split.fold)
+        moments = stats.Moments.stack([dataset.moments.merged(split.fold == fold) for fold in folds])
+
+    def normalise(fold):
+        statistics = stored.statistics
+        if not stored.user_supplied and fold < split.folds:
+            statistics = moments.merged(folds != fold).statistics()
+        plain = Ensemble(statistics.mean, statistics.scale(), math.inf, {})
+        if dataset.others is None:
+            return plain
+        adapted = plain._replace(prior=choose_prior(dataset, split, fold, plain))
+        if stored.user_supplied:
+            return adapted
+        used = split.fold != fold
+        moved = dataset.moments._replace(mean=dataset.moments.mean - centre(adapted, dataset.others))
+        return adapted._replace(scale=statistics._replace(std=moved.merged(used).statistics().std).scale())
+
+    with concurrent.futures.ThreadPoolExecutor(available_cores()) as executor:
+        models = list(executor.map(normalise, range(split.folds + 1)))
+    if dataset.others is not None:
+        priors = ", ".join("none" if math.isinf(model.prior) else f"{model.prior:g}" for model in models)
+        log.info(f"adaptation: prior of each fold and of the final model: {priors}")
+    return (np.stack([np.float32(getattr(model, name)) for model in models]) for name in ("mean", "scale", "prior"))
+
+
+def choose_prior(dataset: Dataset, split: Split, fold: int, plain: "Ensemble") -> float:
+    """The prior with which linear models of a fold have the least loss on its validation speakers.
+
+    It is infinite, which is no adaptation, unless the loss falls clearly: where speakers have few utterances, or very
+    different emotions, the mean of the others is no good estimate.
+    """
+    loss = {}
+    for prior in (math.inf, *PRIORS):
+        model = plain._replace(prior=prior)
+        linear, label = [], []
+        for row in split.members(fold):
+            training, validation = np.flatnonzero(split.train[row]), np.flatnonzero(split.validation[row])
+            kernel, bias = stats.fit_lda(
+                dataset.mean_layer(model.normalise(dataset.x[training], dataset.others.of(training))),
+                dataset.label[training],
+                len(dataset.classes),
+            )
+            x = dataset.mean_layer(model.normalise(dataset.x[validation], dataset.given.of(validation)))
+            linear.append((x @ kernel + bias[:, None])[None])
+            label.append(dataset.label[validation])
+        loss[prior] = stats.choose_shrinkage(linear, label).loss
+    best = min(PRIORS, key=loss.get)
+    return best if loss[best] < (1 - MIN_GAIN) * loss[math.inf] else math.inf
 
 
 def class_weights(label, train, classes: int):
@@ -794,6 +933,8 @@ class DeviceData(NamedTuple):
     length: Array  # (N,)
     first: Array  # (N,)
     rows: Array  # (F + longest, D), less x
+    others: Others | None
+    given: Others | None
 
 
 class Hyperparameters(NamedTuple):
@@ -837,6 +978,7 @@ class Member(NamedTuple):
     validation: Array  # (B, steps)
     mean: Array  # (D,)
     scale: Array  # (D,)
+    prior: Array  # (); see centre
     class_weight: Array  # (C,)
     hyper: Hyperparameters
 
@@ -861,6 +1003,7 @@ class StaticConfig(NamedTuple):
     network: Any
     mesh: Any  # the devices that share the population
     classes: int
+    layers: int
     groups: tuple[tuple[int, int], ...]  # of a batch of sequences: rows, and frames each has room for; () for vectors
     steps: int  # batches in an epoch
     counted: int  # most utterances of a batch that a member counts in its validation
@@ -885,13 +1028,14 @@ def build_network(width: int, classes: int, precision: str):
     return Classifier()
 
 
-def attentive_statistics(frames, real, centre, member: Member, query):
-    """Weighted mean and deviation over the frames of each utterance, (B, T, D) less `centre` (B, D): (B, 2 D).
+def attentive_statistics(group, member: Member, query):
+    """Weighted mean and deviation over the frames of each utterance of a group: (B, 2 D).
 
     The weights are a softmax over frames of their product with `query`, (D,), as in Okabe, Koshinaka and Shinoda 2018
     with a linear score; a query of zeros weighs all frames equally. `real`, (B, T), is False for padding; an utterance
     of padding only stays finite.
     """
+    frames, real, x, others = group
     # Only the results are normalised, not the frames: the step is bound by the memory traffic of frames.
     score = frames @ (query / member.scale)  # (B, T)
     peak = jnp.where(real, score, -jnp.inf).max(1, keepdims=True)
@@ -906,13 +1050,17 @@ def attentive_statistics(frames, real, centre, member: Member, query):
     square = jnp.einsum("bt,btd->bd", weight, jnp.square(frames))
     floor = MIN_VARIANCE * jnp.square(member.scale)  # in the units of the frames
     deviation = jnp.sqrt(jnp.maximum(square - jnp.square(mean), floor))
-    return jnp.concatenate([(mean + centre - member.mean) / member.scale, deviation / member.scale], -1)
+    return jnp.concatenate([(mean + x - centre(member, others)) / member.scale, deviation / member.scale], -1)
 
 
-def gather_batch(static: StaticConfig, data: DeviceData, chosen):
-    """Gather a batch of utterances, (B,): vectors (B, D), or a list of (frames, real, centre) by length group."""
+def gather_batch(static: StaticConfig, data: DeviceData, others: Others | None, chosen):
+    """Gather a batch of utterances, (B,): (x, others), or a list of (frames, real, x, others) by length group."""
+
+    def with_others(chosen):
+        return data.x[chosen], others and others.of(chosen)
+
     if not static.groups:
-        return data.x[chosen]
+        return with_others(chosen)
     groups, row = [], 0
     for rows, longest in static.groups:
         own = chosen[row : row + rows]
@@ -920,15 +1068,21 @@ def gather_batch(static: StaticConfig, data: DeviceData, chosen):
         # Near the end of an array a slice would be moved; the zeros at the end of Frames prevent that.
         cut = partial(lax.dynamic_slice_in_dim, data.rows, slice_size=longest)
         real = jnp.arange(longest) < data.length[own][:, None]
-        groups.append((jax.vmap(cut)(data.first[own]), real & (own >= 0)[:, None], data.x[own]))
+        groups.append((jax.vmap(cut)(data.first[own]), real & (own >= 0)[:, None], *with_others(own)))
     return groups
 
 
 def pool(params, member: Member, batch):
-    """One normalised vector for each utterance of a batch: (B, D), or (B, 2 D) for sequences."""
+    """One normalised vector for each utterance of a batch: (B, D), (B, 2 D) for sequences, (B, D / L) for layers."""
     if isinstance(batch, list):
-        return jnp.concatenate([attentive_statistics(*group, member, params["query"]) for group in batch])
-    return (batch - member.mean) / member.scale
+        return jnp.concatenate([attentive_statistics(group, member, params["query"]) for group in batch])
+    x, others = batch
+    normalised = (x - centre(member, others)) / member.scale
+    if "layers" not in params:
+        return normalised
+    # A learned weighted mean of the layers, as in SUPERB (Yang and others 2021).
+    weight = jax.nn.softmax(LAYER_RATE * params["layers"])
+    return jnp.einsum("l,bld->bd", weight, normalised.reshape(len(x), len(weight), -1))
 
 
 def width_mask(static: StaticConfig, hyper: Hyperparameters):
@@ -967,11 +1121,13 @@ def initial_state(static: StaticConfig, members: Member) -> State:
     Kernels are normal with LeCun's variance, all else is zero. flax and optax give the shapes without computing.
     """
     size, dim = members.mean.shape
-    inputs = 2 * dim if static.groups else dim
+    inputs = 2 * dim if static.groups else dim // static.layers
+    extra = {"query": jnp.zeros(dim)} if static.groups else {}
+    extra |= {"layers": jnp.zeros(static.layers)} if static.layers > 1 else {}
 
     def initialise(hyper):
         params = static.network.init(jax.random.key(0), jnp.zeros((1, inputs)), jnp.zeros((1, static.config.width)))
-        params = params["params"] | ({"query": jnp.zeros(dim)} if static.groups else {})
+        params = params["params"] | extra
         return params, build_optimizer(static.config, hyper, 0.0).init(params)
 
     shapes, optimizer_shapes = jax.eval_shape(initialise, tree_map(lambda leaf: leaf[0], members.hyper))
@@ -1090,7 +1246,7 @@ def member_epoch(static: StaticConfig, data: DeviceData, clock, member: Member, 
         label = data.label[own]
         # An index of -1 gathers the last utterance; its weight of 0 keeps it out of every sum.
         weight = jnp.where(own >= 0, member.class_weight[label], 0)
-        batch = gather_batch(static, data, read), label, weight
+        batch = gather_batch(static, data, data.others, read), label, weight
         progress = (epoch + number / static.steps) / static.config.epochs
         return member_step(static, member, state, batch, (jax.random.fold_in(key, number), progress))
 
@@ -1113,7 +1269,7 @@ def validate(static: StaticConfig, data: DeviceData, member: Member, params):
 
     def add_batch(total, batch):
         read, own = batch
-        inputs = pool(params, member, gather_batch(static, data, read))
+        inputs = pool(params, member, gather_batch(static, data, data.given, read))
         counted = jnp.argsort(own < 0)[: static.counted]  # few, where all members read one batch
         inputs, own = inputs[counted], own[counted]
         logits = static.network.apply({"params": params}, inputs, mask)
@@ -1199,7 +1355,7 @@ def set_up(experiment: "Experiment") -> tuple[StaticConfig, DeviceData, Member]:
     mesh = population_mesh(len(settings) * len(split.train))
     largest = int(split.train.sum(1).max())
     batch = min(config.batch, max(largest // MIN_STEPS_PER_EPOCH, 2))
-    mean, scale = member_statistics(dataset, split, stored)
+    normalisation = [np.repeat(part, split.seeds, 0) for part in normalise_folds(dataset, split, stored)]
     masks = split.train, split.validation
     if dataset.frames is None:
         batches, groups = np.zeros((1, 1), np.int32), ()  # unused
@@ -1219,13 +1375,14 @@ def set_up(experiment: "Experiment") -> tuple[StaticConfig, DeviceData, Member]:
         network=build_network(config.width, classes, config.precision),
         mesh=mesh,
         classes=classes,
+        layers=dataset.layers,
         groups=groups,
         steps=steps,
         counted=int((tables[1] >= 0).sum(1).max()),
         mixup=any(setting.mixup > 0 for setting in settings),
         sequential=not groups and mesh.devices.flat[0].platform == "cpu",
     )
-    rows = [*tables, mean, scale, class_weights(dataset.label, split.train, classes)]
+    rows = [*tables, *normalisation, class_weights(dataset.label, split.train, classes)]
     data = to_devices(mesh, device_data(dataset, batches))
     return static, data, stack_members(split, rows, settings, mesh.size)
 
@@ -1298,7 +1455,8 @@ def device_data(dataset: Dataset, batches) -> DeviceData:
         nothing = np.zeros((1, 1), np.float32)
         frames = Frames(nothing, np.zeros_like(dataset.label))
     length, first = dataset.length.astype(np.int32), frames.first.astype(np.int32)
-    return DeviceData(dataset.x, dataset.label, batches, length, first, frames.rows)
+    adaptation = dataset.others, dataset.given
+    return DeviceData(dataset.x, dataset.label, batches, length, first, frames.rows, *adaptation)
 
 
 class TrainingError(Exception):
@@ -1458,49 +1616,58 @@ class Ensemble(NamedTuple):
     which therefore needs no jax. Its time is small beside that of reading the files.
     """
 
-    mean: np.ndarray  # (S, D)
-    scale: np.ndarray  # (S, D)
+    mean: np.ndarray  # (D,)
+    scale: np.ndarray  # (D,)
+    prior: float  # see centre
     params: dict[str, np.ndarray]  # by path, as in `Dense_0/kernel`; S is the first axis of each
 
-    def of_seed(self, seed: int) -> "Ensemble":
-        one = slice(seed, seed + 1)
-        params = {name: leaf[one] for name, leaf in self.params.items()}
-        return Ensemble(self.mean[one], self.scale[one], params)
+    @classmethod
+    def of_member(cls, members: Member, row: int) -> "Ensemble":
+        """The normalisation of a member, which is that of all seeds of its fold, without a network."""
+        return cls(members.mean[row], members.scale[row], members.prior[row], {})
 
     @property
     def statistics_digest(self) -> str:
-        """SHA-256 of mean and scale of the first seed; all seeds of the final model share them."""
-        return hashlib.sha256(self.mean[0].tobytes() + self.scale[0].tobytes()).hexdigest()
+        """SHA-256 of the normalisation, in hexadecimal."""
+        return hashlib.sha256(self.mean.tobytes() + self.scale.tobytes()).hexdigest()
 
-    def normalise(self, x):
-        """Normalise means over frames, (D,), (N, D) with one seed, or (S, D)."""
-        return (x - self.mean) / self.scale
+    def of_seed(self, seed: int) -> "Ensemble":
+        params = {name: leaf[seed : seed + 1] for name, leaf in self.params.items()}
+        return self._replace(params=params)
 
-    def inputs(self, frames):
-        """Inputs of the linear part, (S, D), and of the hidden layers, (S, D) or (S, 2 D), for one utterance (T, D).
+    def normalise(self, x, others: Others | None = None):
+        """Normalise means over frames, (N, D)."""
+        return (x - centre(self, others)) / self.scale
 
-        The latter are the same numbers as those of `pool` in training.
+    def inputs(self, frames, others: Others | None):
+        """Inputs of the linear part, (D,), and of the hidden layers, (D,), (S, 2 D) or (S, D / L), for one utterance.
+
+        The latter are the same numbers as those of `pool` in training. Frames have shape (T, D).
         """
-        linear = self.normalise(frames.mean(0))
+        origin = centre(self, others)
+        linear = (frames.mean(0) - origin) / self.scale
+        layers = self.params.get("layers")
+        if layers is not None:
+            return linear, layers @ linear.reshape(layers.shape[1], -1)
         query = self.params.get("query")
         if query is None:
             return linear, linear
-        centred = frames - self.mean[0]  # so that the variance below loses no digits to a large mean
+        centred = frames - origin  # so that the variance below loses no digits to a large mean
         # The softmax ignores the shift by the mean, so that the frames need not be normalised.
         weight = stats.probabilities(query / self.scale @ centred.T)  # (S, T)
         mean = weight @ centred
         variance = weight @ np.square(centred) - np.square(mean)
         floor = MIN_VARIANCE * np.square(self.scale)
         deviation = np.sqrt(np.maximum(variance, floor))
-        return linear, np.concatenate([self.normalise(mean + self.mean[0]), deviation / self.scale], 1)
+        return linear, np.concatenate([mean / self.scale, deviation / self.scale], 1)
 
-    def forward(self, features):
+    def forward(self, features, others: Others | None = None):
         """Logits (S, N, C) and hidden layers (S, N, W) of utterances, (T, D) each, FORWARD_BATCH at a time."""
         seeds, width, classes = self.params["Dense_1/kernel"].shape
         logits, hidden = [np.zeros((seeds, 0, classes), np.float32)], [np.zeros((seeds, 0, width), np.float32)]
-        inputs = map(self.inputs, features)
+        inputs = map(self.inputs, features, map(Others, *others) if others else itertools.repeat(None))
         while batch := list(itertools.islice(inputs, FORWARD_BATCH)):
-            linear, pooled = (np.stack(each, 1) for each in zip(*batch))
+            linear, pooled = (np.stack(each, -2) for each in zip(*batch))  # (B, D), or (S, B, D)
             hidden.append(np.maximum(self._dense("Dense_0", pooled), 0))
             logits.append(self._dense("Dense_1", hidden[-1]))
             if "linear/kernel" in self.params:
@@ -1520,7 +1687,9 @@ def hidden_layers(members: Member, best, rows) -> Ensemble:
     # Their activation is then relu(0) = 0, and Dense_1 needs no mask.
     params["Dense_0/kernel"] = params["Dense_0/kernel"] * used[:, None]
     params["Dense_0/bias"] = params["Dense_0/bias"] * used
-    return Ensemble(members.mean[rows], members.scale[rows], params)
+    if "layers" in params:  # as weights from here on
+        params["layers"] = stats.probabilities(LAYER_RATE * params["layers"])
+    return Ensemble.of_member(members, rows[0])._replace(params=params)
 
 
 def finish_fold(dataset: Dataset, split: Split, fold: int, hidden: Ensemble, linear: list[tuple]):
@@ -1535,23 +1704,18 @@ def finish_fold(dataset: Dataset, split: Split, fold: int, hidden: Ensemble, lin
     logits, linear_logits, label = [], [], []
     for seed, row in enumerate(split.members(fold)):
         model = hidden.of_seed(seed)
-        kernel, bias = parts[seed]
         validation = np.flatnonzero(split.validation[row])
-        linear_logits.append(model.normalise(dataset.x[validation]) @ kernel + bias[:, None])
-        hidden_logits, _ = model.forward(dataset.features(validation))
+        given = dataset.given and dataset.given.of(validation)
+        linear_logits.append(stats.layer_logits(model.normalise(dataset.x[validation], given), *parts[seed]))
+        hidden_logits, _ = model.forward(dataset.features(validation), given)
         logits.append(hidden_logits[0])
         label.append(dataset.label[validation])
     weights = stats.fit_ensemble_weights(logits, linear_logits, label)
-    first_kernel, first_bias = (np.stack(each)[:, weights.shrinkage] for each in zip(*parts))
-    model = hidden.of_seed(0)
-    kernel, bias = (each[weights.shrinkage] for each in refitted)
-    # This part is the same for all seeds, but each of them normalises in its own way: change the coordinates,
-    # (x - m0) / s0 = (z s + m - m0) / s0 for x = z s + m.
-    bias = bias + model.normalise(hidden.mean) @ kernel  # (S, C)
-    kernel = kernel * (hidden.scale / model.scale)[:, :, None]  # (S, D, C)
+    last_kernel, last_bias = weights.add_layers(*refitted)
+    kernels, biases = zip(*(weights.add_layers(*part) for part in parts))
     params = dict(hidden.params)
-    params["linear/kernel"] = (first_kernel + kernel) / 2
-    params["linear/bias"] = (first_bias + bias) / 2
+    params["linear/kernel"] = (np.stack(kernels) + last_kernel) / 2
+    params["linear/bias"] = (np.stack(biases) + last_bias) / 2
     for layer, weight in (("Dense_1", weights.hidden), ("linear", weights.linear)):
         for name in (f"{layer}/kernel", f"{layer}/bias"):
             params[name] = np.float32(params[name] * (weight / weights.temperature))
@@ -1561,19 +1725,20 @@ def finish_fold(dataset: Dataset, split: Split, fold: int, hidden: Ensemble, lin
 def fit_linear_parts(dataset: Dataset, split: Split, members: Member, fold: int):
     """A linear part for the training speakers of each seed, and last one that includes the validation speakers.
 
-    Each is in the normalisation of its seed, the last in that of the first seed. They need no trained network.
+    They need no trained network.
     """
     rows = split.members(fold)
-    models = Ensemble(members.mean[rows], members.scale[rows], {})
-    masks = [*split.train[rows], split.fold != fold]
-    return [fit_linear_part(dataset, mask, models.of_seed(seed)) for mask, seed in zip(masks, (*range(len(rows)), 0))]
+    untrained = Ensemble.of_member(members, rows[0])
+    return [fit_linear_part(dataset, mask, untrained) for mask in (*split.train[rows], split.fold != fold)]
 
 
 def fit_linear_part(dataset: Dataset, mask, model: Ensemble):
-    """`stats.fit_lda` on the utterances that a mask selects, in the normalisation of a single model."""
+    """`stats.fit_lda` for each layer on the utterances that a mask selects: (L, 7, D / L, C) and (L, 7, C)."""
     chosen = np.flatnonzero(mask)
-    x = model.normalise(dataset.x[chosen])
-    return stats.fit_lda(x, dataset.label[chosen], len(dataset.classes))
+    x = model.normalise(dataset.x[chosen], dataset.others and dataset.others.of(chosen))
+    layers = np.split(x, dataset.layers, 1)
+    parts = [stats.fit_lda(layer, dataset.label[chosen], len(dataset.classes)) for layer in layers]
+    return tuple(map(np.stack, zip(*parts)))
 
 
 class Experiment(NamedTuple):
@@ -1593,10 +1758,10 @@ class Answers(NamedTuple):
     embedding: np.ndarray
 
     @classmethod
-    def of(cls, ensemble: Ensemble, temperature: float, features) -> "Answers":
+    def of(cls, ensemble: Ensemble, temperature: float, features, others: Others | None = None) -> "Answers":
         """The mean logits over the seeds, and their hidden layers side by side."""
         with np.errstate(over="ignore", invalid="ignore"):  # the callers look for answers that are not finite
-            logits, hidden = ensemble.forward(features)
+            logits, hidden = ensemble.forward(features, others)
         logits = logits.mean(0, dtype=np.float64)
         return cls(logits, np.full(len(logits), temperature), np.concatenate(list(hidden), 1))
 
@@ -1674,7 +1839,7 @@ def train(experiment: Experiment, run: "RunFolder | None" = None) -> Trained:
         ensembles, weights = zip(*executor.map(finish, folds, linear))
     finally:
         executor.shutdown(cancel_futures=True)
-    choices = choices_by_fold(chosen, weights, settings)
+    choices = choices_by_fold(chosen, ensembles, weights, settings)
     answers = answer_tests(dataset, split, ensembles, weights)
     if not np.isfinite(answers.logits).all():
         raise TrainingError(
@@ -1684,11 +1849,15 @@ def train(experiment: Experiment, run: "RunFolder | None" = None) -> Trained:
     return Trained(ensembles, answers, state.best_epoch[rows], state.skipped[rows], history, choices, sweep)
 
 
-def choices_by_fold(chosen, weights, settings) -> list[dict]:
+def choices_by_fold(chosen, ensembles, weights, settings) -> list[dict]:
     """What the validation speakers of each fold chose, by name; in a sweep with the setting."""
     choices = []
-    for setting, chosen_weights in zip(chosen.tolist(), weights):
+    for setting, ensemble, chosen_weights in zip(chosen.tolist(), ensembles, weights):
         choice = chosen_weights._asdict() | {"shrinkage": stats.SHRINKAGES[chosen_weights.shrinkage]}
+        if len(chosen_weights.layers) == 1:
+            del choice["layers"]
+        if math.isfinite(ensemble.prior):
+            choice["prior"] = float(ensemble.prior)
         if len(settings) > 1:
             choice |= {"setting": setting + 1} | settings[setting]._asdict()
         choices.append(choice)
@@ -1700,8 +1869,9 @@ def answer_tests(dataset: Dataset, split: Split, ensembles, weights) -> Answers:
     order = np.argsort(split.fold[split.scored], kind="stable")  # fold by fold
     answers = []
     for fold in range(split.folds):
-        features = dataset.features(np.flatnonzero(split.scored & (split.fold == fold)))
-        answers.append(Answers.of(ensembles[fold], weights[fold].temperature, features))
+        tested = np.flatnonzero(split.scored & (split.fold == fold))
+        given = dataset.given and dataset.given.of(tested)
+        answers.append(Answers.of(ensembles[fold], weights[fold].temperature, dataset.features(tested), given))
     return Answers(*(np.concatenate(parts)[np.argsort(order)] for parts in zip(*answers)))
 
 
@@ -1761,16 +1931,30 @@ def evaluate(predictions: Predictions, scheme: str, independent: bool, statistic
 
 def evaluate_run(experiment: Experiment, trained: Trained) -> dict:
     """All of metrics.json that follows from training: the scores, and what was trained and chosen in each fold."""
-    _, _, split, stored = experiment
-    statistics, notes = "of the training speakers", list(split.notes)
+    config, dataset, split, stored = experiment
+    statistics, notes = "of the speakers that a fold does not test", list(split.notes)
     if stored.user_supplied:
         statistics = "supplied by the user"
         notes.append("your statistics apply to every fold; if they are of these files, they include the test speakers")
+    if plain := sum(math.isinf(ensemble.prior) for ensemble in trained.ensembles[:-1]) * (config.adapt is not None):
+        found = f"no adaptation in {check_data.counted(plain, 'fold')} of {split.folds}"
+        notes.append(f"{found}: it did not help the validation speakers")
     metrics = evaluate(out_of_fold(experiment, trained), split.scheme, split.independent, statistics, notes)
     metrics["folds"] = [fold_report(split, fold, trained) | scores for fold, scores in enumerate(metrics["folds"])]
     if trained.sweep:
         metrics["sweep"] = trained.sweep
-    return metrics | {"curves": learning_curves(trained)}
+    if dataset.layers > 1:
+        metrics["layers"] = layer_report(trained)
+    return metrics | {"adapted": config.adapt, "curves": learning_curves(trained)}
+
+
+def layer_report(trained: Trained) -> list[dict]:
+    """Weight of each layer in the hidden layers, mean and range over all models, and in the linear parts, mean."""
+    hidden = np.concatenate([ensemble.params["layers"] for ensemble in trained.ensembles])
+    linear = np.array([choice["layers"] for choice in trained.choices])
+    columns = {"hidden": hidden.mean(0), "low": hidden.min(0), "high": hidden.max(0), "linear": linear.mean(0)}
+    rows = zip(*(values.tolist() for values in columns.values()))
+    return [{"layer": layer} | dict(zip(columns, row)) for layer, row in enumerate(rows)]
 
 
 def out_of_fold(experiment: Experiment, trained: Trained) -> Predictions:
@@ -1847,8 +2031,7 @@ def save_run(run: "RunFolder", scan: check_data.Scan, experiment: Experiment, tr
     """
     final, statistics = trained.ensembles[-1], experiment.stored.statistics
     params = {f"params/{name}": leaf for name, leaf in final.params.items()}
-    # All seeds of the final model share its mean and scale.
-    model = stats.npz_bytes({"mean": final.mean[0], "scale": final.scale[0]} | params)
+    model = stats.npz_bytes({"mean": final.mean, "scale": final.scale} | params)
     # After a kill between two renames, or if files of two runs are mixed, they do not belong together.
     digests = {"statistics": final.statistics_digest, "model": hashlib.sha256(model).hexdigest()}
     config = describe_model(scan, experiment, trained) | {"identity": run.identity["data"], "model": digests["model"]}
@@ -1856,8 +2039,7 @@ def save_run(run: "RunFolder", scan: check_data.Scan, experiment: Experiment, tr
         "config.json": stats.json_bytes(config),
         "history.csv": stats.csv_bytes(trained.history),
         "skipped.csv": skipped_bytes(scan),
-        stats.MEAN_FILE: stats.npy_bytes(statistics.mean),
-        stats.STD_FILE: stats.npy_bytes(statistics.std),
+        **stats.pair_bytes(statistics, experiment.dataset.layers),
         "model.npz": model,
     }
     artifacts |= prediction_files(out_of_fold(experiment, trained), digests)
@@ -1876,6 +2058,9 @@ def describe_model(scan: check_data.Scan, experiment: Experiment, trained: Train
         "version": check_data.VERSION,
         "classes": list(dataset.classes),
         "dim": scan.dim,
+        "layers": scan.layers,
+        "layer_axis": scan.layer_axis,
+        "prior": float(trained.ensembles[-1].prior),  # null if it is infinite
         "pooling": config.pooling if dataset.frames is not None else "mean",
         "reshapes_vectors": scan.reshapes_vectors,
         "keys": sorted(scan.keys_used()),
@@ -1985,6 +2170,9 @@ def report_heading(metrics) -> tuple[str, str]:
         method += f" ({scheme})"
     if "fused" in metrics:
         method += f", fusion of {len(metrics['fused'])} runs"
+    if metrics.get("adapted"):
+        number = "all" if metrics["adapted"] == "all" else f"up to {metrics['adapted']}"
+        method += f", ADAPTED to each speaker by {number} other, unlabelled utterances"
     speakers = check_data.counted(metrics["n_speakers"], "speaker")
     return method, f"{metrics['n_utterances']} utterances, {speakers}, {classes} classes"
 
@@ -2005,7 +2193,9 @@ def new_table(*columns: str) -> Table:
 
 
 def score_table(metrics) -> Table:
-    table = new_table("measure", "  score", "    95 % interval", " chance", " majority")
+    table = new_table(
+        "adapted" if metrics.get("adapted") else "measure", "  score", "    95 % interval", " chance", " majority"
+    )
     for row in score_rows(metrics, decimal):
         table.add_row(*row)
     return table
@@ -2052,6 +2242,7 @@ def confusion_table(metrics, width: int):
     elif len(set(heads)) < len(heads):
         heads = [str(number + 1) for number in range(len(names))]
         names = [f"{number} {name}" for number, name in zip(heads, names)]
+    title += ", adapted" if metrics.get("adapted") else ""
     table = new_table("", *heads, "recall", "prec.", "   F1")
     table.columns[0].max_width = names_width
     for row, name in enumerate(metrics["classes"]):
@@ -2177,7 +2368,7 @@ def report_html(metrics) -> bytes:
 
 def page_sections(metrics):
     """The heading and HTML of each section; one without content is left out of the page."""
-    yield "Confusion matrix", heat_map(metrics)
+    yield "Confusion matrix" + (", adapted" if metrics.get("adapted") else ""), heat_map(metrics)
     curves = curve_chart(metrics, "validation_ua", "UA, %"), curve_chart(metrics, "validation_loss", "loss")
     charts = "".join((*dot_charts(metrics), *curves, reliability_chart(metrics)))
     yield "Speakers, training and calibration", f"<div class=columns>{charts}</div>"
@@ -2192,6 +2383,12 @@ def page_sections(metrics):
         drawn = {name: f"{row[name]:.4g}" for name in row if name in SWEEP}
         settings.append((row["setting"], decimal(row["validation_loss"], 3), row["folds"], listed(drawn)))
     yield "Settings tried, best first", page_table(("no.", "loss", "folds", "setting"), settings)
+    weights = []
+    for row in metrics.get("layers", []):
+        spread = f"{percent(row['low'])} to {percent(row['high'])}"
+        weights.append((row["layer"], percent(row["hidden"]), spread, percent(row["linear"])))
+    columns = ("layer", "hidden layers, mean %", "range over models %", "linear parts, mean %")
+    yield "Weight of the encoder's layers", page_table(columns, weights)
     yield "Model card", page_table((), model_card(metrics).items())
 
 
@@ -2674,7 +2871,12 @@ class Model(NamedTuple):
     """A trained model as its files describe it."""
 
     classes: tuple[str, ...]
-    dim: int
+    dim: int  # of a vector, a frame or a layer
+    layers: int  # number L that the model reads
+    layer_axis: int  # of the layers in arrays of three axes, or None
+    layer: int  # the one that is read from files with several, or None
+    adapt: str  # as in Config, or None
+    prior: float
     pooling: str
     reshapes_vectors: bool
     keys: tuple[str, ...]  # names of the array with the features
@@ -2689,8 +2891,13 @@ class Model(NamedTuple):
     ensemble: Ensemble | None = None
 
     @property
+    def width(self) -> int:
+        """Numbers of an utterance, or of a frame."""
+        return self.layers * self.dim
+
+    @property
     def statistics(self) -> stats.Statistics:
-        return stats.Statistics(self.ensemble.mean[0], self.ensemble.scale[0])
+        return stats.Statistics(self.ensemble.mean, self.ensemble.scale)
 
     @property
     def digests(self) -> dict[str, str]:
@@ -2729,8 +2936,8 @@ def load_model(run: Path) -> Model:
     if not all(np.isfinite(array).all() for array in arrays.values()) or arrays["scale"].min() <= 0:
         raise UsageError(f"{run}: the model holds NaN or Inf, or a scale that is not above 0")
     params = {path.removeprefix("params/"): array for path, array in arrays.items()}
-    mean, scale = (np.repeat(params.pop(part)[None], seeds, 0) for part in ("mean", "scale"))
-    return model._replace(ensemble=Ensemble(mean, scale, params))
+    mean, scale = params.pop("mean"), params.pop("scale")
+    return model._replace(ensemble=Ensemble(mean, scale, model.prior, params))
 
 
 def require_finished(run: Path) -> None:
@@ -2749,17 +2956,20 @@ def read_description(path: Path) -> Model:
         if "fusion" in config:
             advice = "label the files with each of its runs, then fuse those folders with --fuse and this --predict"
             raise stats.DataError("fusion", f"it is a fusion of runs; {advice}")
-        given = config | {"merge": config["options"]["merge"], "digest": config["model"]}
+        options = {name: config["options"][name] for name in ("merge", "adapt", "layer")}
+        given = config | options | {"digest": config["model"]}
+        given["prior"] = math.inf if given["prior"] is None else given["prior"]
+        absent = {"ensemble"} | {name for name in ("adapt", "layer", "layer_axis") if given[name] is None}
         kinds = Model.__annotations__.items()
-        model = Model(**{name: kind(given[name]) for name, kind in kinds if name != "ensemble"})
-        check_data.ScanOptions("DIR", merge=model.merge)  # fails here, not later, if an entry is damaged
+        model = Model(**{name: None if name in absent else kind(given[name]) for name, kind in kinds})
+        Config("DIR", **options)  # fails here, not later, if an entry is damaged
         names = *model.classes, *model.keys, *model.speakers, *model.corpora
         whole = all(isinstance(text, str) for text in names)
         whole = whole and np.isfinite([model.encoder_similarity, model.rms, model.temperature]).all()
-        whole = whole and min(model.rms, model.temperature, model.dim, len(model.classes)) > 0
+        whole = whole and min(model.rms, model.temperature, model.dim, model.layers) > 0 < model.prior
         whole = whole and all(0 < len(name) <= check_data.MAX_CLASS_NAME for name in model.classes)
-        whole = whole and len(set(model.classes)) == len(model.classes) <= check_data.MAX_CLASSES
-        whole = whole and model.pooling in ("mean", "attentive")
+        whole = whole and 0 < len(set(model.classes)) == len(model.classes) <= check_data.MAX_CLASSES
+        whole = whole and model.pooling in ("mean", "attentive") and model.layer_axis in (0, 1, None)
     except stats.DataError:  # a ValueError, too
         raise
     except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError, UsageError):
@@ -2773,8 +2983,8 @@ def expected_shapes(model: Model, arrays):
     """Name and shape of each array that a model must have; only its seeds and hidden units are free."""
     kernel = np.atleast_1d(arrays.get("params/Dense_0/kernel", 0))
     seeds, width = kernel.shape[0], kernel.shape[-1]
-    dim, classes = model.dim, len(model.classes)
-    pooled = dim if model.pooling == "mean" else 2 * dim
+    dim, classes = model.width, len(model.classes)
+    pooled = model.dim if model.pooling == "mean" else 2 * dim
     shapes = {
         "mean": (dim,),
         "scale": (dim,),
@@ -2785,6 +2995,8 @@ def expected_shapes(model: Model, arrays):
         "params/linear/kernel": (seeds, dim, classes),
         "params/linear/bias": (seeds, classes),
     }
+    if model.layers > 1:
+        shapes["params/layers"] = seeds, model.layers
     return shapes if model.pooling == "mean" else shapes | {"params/query": (seeds, dim)}
 
 
@@ -2801,7 +3013,7 @@ def run_prediction(config: Config) -> int:
         raise UsageError(f"--dim is {config.dim}, but the model needs features {model.dim} wide")
     check_statistics(model, given)
     notes, columns = choose_classes(model, config.classes)
-    scan, predictions = answer_files(config, model, columns)
+    scan, predictions = answer_files(config, model, columns, notes)
     for line in check_data.findings_report(scan):
         log.info(line)
     if not predictions.utterances:
@@ -2810,7 +3022,7 @@ def run_prediction(config: Config) -> int:
     notes += reasons
     metrics = None
     if scored.utterances:
-        metrics = evaluate_transfer(model, scored, notes)
+        metrics = evaluate_transfer(model, scored, notes) | {"adapted": model.adapt}
         metrics |= left_out_report(scan) | provenance(config, package_versions(["numpy"]))
         for name in TRAINING_OPTIONS:  # they have no effect
             metrics["settings"].pop(name, None)
@@ -2834,23 +3046,30 @@ def choose_classes(model: Model, names: str | None) -> tuple[list[str], list[int
     return [f"--classes: answers among {classes}, whose probabilities are renormalised to a sum of 1"], columns
 
 
-def answer_files(config: Config, model: Model, columns: list[int]) -> tuple[check_data.Scan, Predictions]:
-    """The model's answers, among the classes of these columns, for every file that fits it."""
-    scan = check_data.Scan(Path(config.directory), model.dim, reshapes_vectors=model.reshapes_vectors, keys=model.keys)
-    size = check_data.Scale(model.rms, np.hypot(*model.statistics))
-    options = dataclasses.replace(config, classes=None)  # labels of other classes stay known
-    utterances = []
-
-    def usable_features():
-        for utterance, frames in check_data.iter_features(options, scan, size, model.merge, log_scan_progress()):
-            if fault := model.reject(frames):
-                scan.findings.append(check_data.Finding(utterance.file, *fault))
-            else:
-                utterances.append(utterance)
-                yield frames
-
+def answer_files(
+    config: Config, model: Model, columns: list[int], notes: list[str]
+) -> tuple[check_data.Scan, Predictions]:
+    """The model's answers, among the classes of these columns, for every file that fits it; `notes` are extended."""
+    # Labels of other classes stay known; layers are read as in training.
+    options = dataclasses.replace(config, classes=None, layers=model.layers > 1, layer=model.layer)
+    known = {name: getattr(model, name) for name in ("dim", "reshapes_vectors", "keys", "layers", "layer_axis")}
+    scan = check_data.Scan(Path(config.directory), **known)
+    utterances, others = [], None
     with live_log():
-        answers = Answers.of(model.ensemble, model.temperature, usable_features())
+        features = usable_features(options, model, scan, utterances)
+        if model.adapt:  # the files are read twice, as sequences may not fit in memory
+            means = [frames.mean(0) for frames in features]
+            others = other_utterances(
+                np.reshape(means, (-1, model.width)), utterances, most_others(model.adapt), config.seed
+            )
+            again = []
+            features = usable_features(options, model, dataclasses.replace(scan, findings=[]), again)
+        answers = Answers.of(model.ensemble, model.temperature, features, others)
+    if others and again != utterances:
+        raise UsageError("files of DIR were changed while they were read; predict again")
+    if others and (alone := int((others.count == 0).sum())):
+        found = f"{check_data.counted(alone, 'file')} without other files of a known speaker"
+        notes.append(f"{found}: not adapted")
     finite = np.isfinite(answers.logits).all(1)  # the most probable of NaN would be the first class
     for place in np.flatnonzero(~finite):
         scan.findings.append(check_data.Finding(utterances[place].file, "overflow", "the model's output is NaN or Inf"))
@@ -2860,6 +3079,21 @@ def answer_files(config: Config, model: Model, columns: list[int]) -> tuple[chec
     answers = answers._replace(logits=answers.logits[:, columns])
     predictions = Predictions(utterances, classes, answers, np.full(len(utterances), -1), speaker)
     return scan, predictions.select(finite)
+
+
+def usable_features(options: Config, model: Model, scan: check_data.Scan, utterances: list):
+    """Yield the features of every file that fits the model, (T, D); its utterance is added to the list.
+
+    Findings go to the scan.
+    """
+    size = check_data.Scale(model.rms, np.hypot(*model.statistics))
+    for utterance, frames in check_data.iter_features(options, scan, size, model.merge, log_scan_progress()):
+        frames = frames.reshape(-1, model.width)
+        if fault := model.reject(frames):
+            scan.findings.append(check_data.Finding(utterance.file, *fault))
+        else:
+            utterances.append(utterance)
+            yield frames
 
 
 def check_prediction_folder(out: Path, features: Path, run: Path) -> None:
@@ -2885,8 +3119,9 @@ def check_statistics(model: Model, given: Path) -> None:
     if stored is None or not stored.user_supplied:
         return
     mean, name = stored.statistics.mean, given / stats.MEAN_FILE
-    if mean.size != model.dim:
-        raise UsageError(f"{name} has {mean.size} numbers, but the model needs features {model.dim} wide")
+    if (mean.size, stored.layers) != (model.width, model.layers):
+        found = f"{stored.layers} x {mean.size // stored.layers} numbers"
+        raise UsageError(f"{name} has {found}, but the model needs {model.layers} x {model.dim}")
     if reason := stats.statistics_mismatch(stored.statistics, model.statistics, model.encoder_similarity):
         raise UsageError(f"{name} is of another encoder than the model: {reason}")
 
@@ -3510,6 +3745,7 @@ def fuse_predictions(config: Config) -> int:
     metrics = None
     if scored.utterances:
         metrics = evaluate_transfer(fusion, scored, notes) | {"fused": list(fusion.runs)} | fusion_provenance(config)
+        metrics["adapted"] = read_json(Path(config.predict) / "metrics.json").get("adapted")
     save_prediction(out, empty, predictions, fusion.digests, metrics)
     print_prediction(out, 0, predictions, metrics, notes)
     return 0

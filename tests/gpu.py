@@ -162,7 +162,15 @@ def compare_sweep(options: argparse.Namespace) -> Iterator[str]:
 
 
 def train_layers(options: argparse.Namespace) -> Iterator[str]:
-    yield "skipped: train.py has no option for layers"
+    """The sample as eight layers of an encoder, each with noise of its own, against one of them."""
+    data, random = options.folder / "layers-data", np.random.default_rng(0)
+    data.mkdir()
+    for path in (options.folder / "data").glob("*.npz"):
+        x = np.load(path)["emb"]
+        np.savez(data / path.name, hidden_states=np.float32(x + random.normal(size=(8, len(x)))))
+    several = run_train(options, "layers", "--layers", data=data)["seconds"]
+    single = run_train(options, "layer", "--layer", 0, data=data)["seconds"]
+    yield f"8 layers of the sample in {several} s, one of them in {single} s: {several / single:.1f} times"
 
 
 #: The parts, and the seconds that each may take; what one leaves goes to the next.
@@ -173,10 +181,10 @@ PARTS = {
     "kill": (kill_and_resume, 45),
     "training": (time_training, 70),
     "pytorch": (time_pytorch, 65),
-    "precision": (compare_precision, 85),
+    "precision": (compare_precision, 65),
     "sequences": (train_sequences, 70),
     "sweep": (compare_sweep, 25),
-    "layers": (train_layers, 5),
+    "layers": (train_layers, 25),
 }
 
 

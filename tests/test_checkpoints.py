@@ -137,13 +137,27 @@ def test_a_run_interrupted_after_every_call_gives_the_results_of_an_unbroken_one
     assert results(tmp_path / "run") == results(place / "unbroken")
 
 
-def test_a_sweep_resumes_with_the_results_of_an_unbroken_one(place, tmp_path, caplog):
+def write_layers(folder, vectors):
+    """The vectors of a folder as the first of two layers, in the form (L, D)."""
+    folder.mkdir()
+    for path in sorted(vectors.glob("*.npz")):
+        x = np.load(path)["emb"]
+        np.savez(folder / path.name, hidden_states=np.stack([x, np.sin(x)]))
+    return folder
+
+
+@pytest.mark.parametrize("more", ["--sweep 3", "--adapt 4", "--layers --adapt"])
+def test_sweeps_adaptation_and_layers_resume_with_the_results_of_an_unbroken_run(place, tmp_path, caplog, more):
     caplog.set_level("INFO", "train")
-    assert run_again(place, tmp_path / "unbroken", "--sweep", "3") == 0
-    interrupt(2, place / "data", "--out", tmp_path / "run", *OPTIONS, "--sweep", "3")
-    assert run_again(place, tmp_path / "run", "--sweep", "3") == 0
+    data, words = place / "data", [*OPTIONS, *more.split()]
+    if "--layers" in words:
+        data = write_layers(tmp_path / "data", data)
+    unbroken, run = tmp_path / "unbroken", tmp_path / "run"
+    assert train.main([str(data), "--out", str(unbroken), *words]) == 0
+    interrupt(2, data, "--out", run, *words)
+    assert train.main([str(data), "--out", str(run), *words]) == 0
     assert "RESUMING from epoch 8 of" in caplog.text
-    assert results(tmp_path / "run") == results(tmp_path / "unbroken")
+    assert results(run) == results(unbroken)
 
 
 def test_the_options_that_do_not_change_the_results_may_differ(place, interrupted, jax_stack, monkeypatch):

@@ -49,6 +49,7 @@ def test_every_part_runs_on_a_cpu(tmp_path):
         ("sequences", "s an epoch"),
         ("sequences", "within 16 GB"),
         ("sweep", "2 runs"),
+        ("layers", "8 layers of the sample in"),
     ]:
         assert any(expected in line for line in found[part]), (part, expected)
 

@@ -138,7 +138,7 @@ def test_long_and_short_sequences_together_cost_little_padding(jax_stack):
 
 def test_a_batch_of_vectors_is_their_rows(population):
     chosen = np.array([7, 0, 3])
-    batch = train.gather_batch(population.static, population.data, chosen)
+    batch, _ = train.gather_batch(population.static, population.data, None, chosen)
     np.testing.assert_array_equal(batch, population.dataset.x[chosen])
 
 
@@ -158,11 +158,11 @@ def pooling_of(sequences, spare=0, after=0.0):
     order = np.append(np.argsort(length, kind="stable"), -1)
     data = train.jax.device_put(train.device_data(dataset, order[:, None]))
     groups = tuple((rows, longest + spare) for rows, longest in train.length_groups(order[:, None], dataset))
-    static = train.StaticConfig(None, None, None, 1, groups, 1, 1, False, False)
-    member = train.Member(0, 0, None, None, np.float32(6), np.full(dim, 2, np.float32), None, None)
+    static = train.StaticConfig(None, None, None, 1, 1, groups, 1, 1, False, False)
+    member = train.Member(0, 0, None, None, np.float32(6), np.full(dim, 2, np.float32), None, None, None)
 
     def pooled(query):
-        batch = train.gather_batch(static, data, jnp.asarray(order))
+        batch = train.gather_batch(static, data, None, jnp.asarray(order))
         return train.pool({"query": jnp.asarray(query)}, member, batch)[jnp.argsort(order[:-1])]
 
     return train.jax.jit(pooled)
@@ -305,7 +305,7 @@ def test_the_width_mask_selects_the_first_units(population):
 def test_units_that_are_not_in_use_change_neither_loss_nor_gradient_nor_validation(population):
     jax, static, data = population.jax, population.static, population.data
     member = population.member(0, width=np.float32(5))
-    batch = population.dataset.x[:20], population.dataset.label[:20], np.ones(20, np.float32)
+    batch = (population.dataset.x[:20], None), population.dataset.label[:20], np.ones(20, np.float32)
     results = []
 
     @jax.jit
@@ -369,7 +369,7 @@ def test_the_loss_of_a_batch_with_mixup_is_that_of_the_mixed_batch(population):
     member = population.member(0, mixup=np.float32(0.4), dropout=np.float32(0), label_smoothing=np.float32(0.2))
     params = population.first_state(member).params
     x, label, weight = population.dataset.x[:20], population.dataset.label[:20], np.arange(20, dtype=np.float32)
-    batch = x, label, weight
+    batch = (x, None), label, weight
 
     def loss(mixup):
         static = population.static._replace(mixup=mixup)

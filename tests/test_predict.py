@@ -61,8 +61,8 @@ def test_prediction_uses_the_final_models_of_the_run(trained, tmp_path, monkeypa
         assert set(fusion["temperature"]) == {np.float32(outcome.choices[-1]["temperature"])}
     final = outcome.ensembles[-1]
     with np.load(run / "model.npz") as model:
-        np.testing.assert_array_equal(model["mean"], final.mean[0])
-        np.testing.assert_array_equal(model["scale"], final.scale[0])
+        np.testing.assert_array_equal(model["mean"], final.mean)
+        np.testing.assert_array_equal(model["scale"], final.scale)
         for name, array in final.params.items():
             np.testing.assert_array_equal(model[f"params/{name}"], array)
 
@@ -96,7 +96,7 @@ def test_sequences_train_and_are_predicted_alike(tmp_path, jax_stack, pooling, m
         exec(documented_python("def probabilities").replace("runs/sample", str(run)), scope)
         for row in rows[::7]:
             expected = scope["probabilities"](np.load(data / row["file"])["emb"])
-            written = [float(row[f"p_{name}"]) for name in scope["classes"]]
+            written = [float(row[f"p_{name}"]) for name in scope["config"]["classes"]]
             np.testing.assert_allclose(written, expected, atol=1e-5)
 
 
@@ -117,7 +117,7 @@ def test_prediction_needs_no_labels_and_agrees_with_the_documented_numpy(trained
     scope = {}
     exec(documented_python("def probabilities"), scope)
     expected = np.stack([scope["probabilities"](np.load(file)["emb"]) for file in files])
-    assert scope["classes"] == list(emotions.EMOTIONS)
+    assert scope["config"]["classes"] == list(emotions.EMOTIONS)
     rows = rows_of(tmp_path / "out" / "predictions.csv")
     written = np.array([[float(row[f"p_{name}"]) for name in emotions.EMOTIONS] for row in rows])
     np.testing.assert_allclose(written, expected, atol=1e-5)
@@ -296,7 +296,7 @@ def test_the_results_of_a_run_are_no_prediction_even_if_only_some_are_there(trai
     ],
 )
 def test_a_speaker_is_unseen_only_if_that_is_certain(training_speakers, speaker, unseen):
-    model = train.Model((), 1, "mean", False, (), 1, (), training_speakers, (), 0.0, 1.0, 1.0, None)
+    model = train.Model(**dict.fromkeys(train.Model._fields))._replace(speakers=training_speakers)
     assert model.is_unseen_speaker(speaker) == unseen
 
 
@@ -434,7 +434,7 @@ def supply_statistics(folder, mean):
     ("change", "message"),
     [
         (lambda mean: mean[::-1], "is of another encoder than the model"),
-        (lambda mean: mean[:20], "has 20 numbers, but the model needs features 24 wide"),
+        (lambda mean: mean[:20], "has 1 x 20 numbers, but the model needs 1 x 24"),
     ],
 )
 def test_statistics_of_another_encoder_are_refused(encoded, tmp_path, change, message, caplog):
@@ -499,6 +499,10 @@ def damage_config(run, **changes):
     (run / "config.json").write_text(json.dumps(config | changes))
 
 
+def damage_options(run, **changes):
+    damage_config(run, options=json.loads((run / "config.json").read_text())["options"] | changes)
+
+
 def damage_model(run, **changes):
     """Replace arrays by the last part of their names; None removes them."""
     with np.load(run / "model.npz") as model:
@@ -536,8 +540,19 @@ DAMAGES = {
     "temperature NaN": (lambda run: damage_config(run, temperature=float("nan")), NOT_FINISHED),
     "temperature 0": (lambda run: damage_config(run, temperature=0), NOT_FINISHED),
     "a negative rms": (lambda run: damage_config(run, rms=-1), NOT_FINISHED),
-    "merge a number": (lambda run: damage_config(run, options={"merge": 1}), NOT_FINISHED),
-    "merge without =": (lambda run: damage_config(run, options={"merge": [1]}), NOT_FINISHED),
+    "merge a number": (lambda run: damage_options(run, merge=1), NOT_FINISHED),
+    "merge without =": (lambda run: damage_options(run, merge=[1]), NOT_FINISHED),
+    "adapt a list": (lambda run: damage_options(run, adapt=["all"]), NOT_FINISHED),
+    "adapt to none": (lambda run: damage_options(run, adapt="0"), NOT_FINISHED),
+    "a layer in words": (lambda run: damage_options(run, layer="last"), NOT_FINISHED),
+    "no options": (lambda run: damage_config(run, options=None), NOT_FINISHED),
+    "several layers": (lambda run: damage_config(run, layers=2), NOT_FINISHED),
+    "no layers": (lambda run: damage_config(run, layers=0), NOT_FINISHED),
+    "layers NaN": (lambda run: damage_config(run, layers=float("nan")), NOT_FINISHED),
+    "a prior of 0": (lambda run: damage_config(run, prior=0), NOT_FINISHED),
+    "prior NaN": (lambda run: damage_config(run, prior=float("nan")), NOT_FINISHED),
+    "a prior in words": (lambda run: damage_config(run, prior="high"), NOT_FINISHED),
+    "no length": (lambda run: damage_config(run, longest=None), NOT_FINISHED),
     "no corpora": (lambda run: damage_config(run, corpora=None), NOT_FINISHED),
     "no speakers": (lambda run: damage_config(run, speakers=None), NOT_FINISHED),
     "another pooling": (lambda run: damage_config(run, pooling="attentive"), NOT_FINISHED),
@@ -573,7 +588,8 @@ def test_an_intact_model_is_loaded_whole(trained):
     config = json.loads((trained / "first" / "config.json").read_text())
     assert (list(model.classes), model.dim, model.merge) == (config["classes"], 24, ())
     assert (list(model.speakers), model.temperature) == (config["speakers"], config["temperature"])
-    assert model.ensemble.mean.shape == model.ensemble.scale.shape == (2, 24)
+    assert (model.layers, model.layer, model.adapt, model.prior) == (1, None, None, np.inf)
+    assert model.ensemble.mean.shape == model.ensemble.scale.shape == (24,)
     shapes = {name: array.shape for name, array in model.ensemble.params.items()}
     assert shapes == {
         "Dense_0/bias": (2, 32),
@@ -596,8 +612,8 @@ def test_a_model_is_refused_by_the_names_in_it_before_its_data_are_read(trained,
 def test_an_answer_that_is_not_finite_is_a_finding_and_no_class(trained, tmp_path, monkeypatch, capsys):
     forward = train.Ensemble.forward
 
-    def overflow(ensemble, features):
-        logits, hidden = forward(ensemble, features)
+    def overflow(ensemble, features, others):
+        logits, hidden = forward(ensemble, features, others)
         logits[0, 3, 1] = np.nan
         return logits, hidden
 

@@ -126,6 +126,32 @@ def test_the_scores_follow_method_and_size(drawn, metrics):
     ]
 
 
+@pytest.mark.parametrize(("adapted", "number"), [("all", "all"), ("8", "up to 8")])
+def test_scores_with_adaptation_are_named_so_wherever_they_stand(metrics, terminal, adapted, number):
+    """In the first line, above both tables, and in the sentence to copy."""
+    plain, metrics = report(metrics), metrics | {"adapted": adapted}
+    found, method = report(metrics), f"ADAPTED to each speaker by {number} other, unlabelled utterances"
+    assert found.strip().splitlines()[0] == f"3-fold speaker-independent cross-validation, {method}"
+    heads = [line.split()[:2] for line in found.splitlines() if line.split()[1:3] == ["score", "95"]]
+    assert heads == [["adapted", "score"]]
+    assert "confusion matrix (rows: true label, columns: prediction), adapted" in found
+    assert train.citation(metrics).startswith(f"3-fold speaker-independent cross-validation, {method}, 112 utterances")
+    many = with_classes(metrics, [f"a-rather-long-emotion-{number}" for number in range(60)])
+    assert "the confusion matrix is in the report, adapted" in terminal(many)
+    shown = page_text(metrics)
+    assert shown.count(method) >= 2
+    assert "Confusion matrix, adapted" in shown
+    assert "adapted" not in plain.lower()
+
+
+def test_the_page_has_the_weight_of_each_layer(metrics):
+    assert "Weight of the encoder's layers" not in page_text(metrics)
+    rows = [{"layer": n, "hidden": 0.1 * n, "low": 0.05 * n, "high": 0.2 * n, "linear": 0.3 * n} for n in (0, 1, 2)]
+    shown = page_text(metrics | {"layers": rows})
+    assert "Weight of the encoder's layers" in shown
+    assert "220.010.0 to 40.060.0" in shown
+
+
 def matrix_rows(text):
     lines = without_colour(text).splitlines()
     start = next(number for number, line in enumerate(lines) if "confusion" in line)

@@ -494,9 +494,21 @@ def test_a_fusion_labels_what_its_runs_have_labelled(tmp_path, predicted, capsys
     metrics = metrics_of(tmp_path / "labelled")
     assert (metrics["n_utterances"], metrics["n_speakers"]) == (48, 4)
     assert "transfer" in printed
+    assert metrics["adapted"] is None
     # In any order of the folders.
     fuse(capsys, second, first, predict=fusion, out=tmp_path / "swapped")
     np.testing.assert_array_equal(arrays_of(tmp_path / "swapped")["logits"], found["logits"])
+
+
+def test_a_fusion_with_an_adapted_run_is_adapted_and_so_are_its_predictions(tmp_path, two, predicted, capsys):
+    def adapt(run):
+        (run / "metrics.json").write_text(json.dumps(metrics_of(run) | {"adapted": "8"}))
+
+    *_, first, second = predicted
+    adapt(two[1])
+    assert "ADAPTED" in fuse(capsys, *two, out=tmp_path / "adapted")
+    fuse(capsys, first, second, predict=tmp_path / "adapted", out=tmp_path / "labelled")
+    assert metrics_of(tmp_path / "adapted")["adapted"] == metrics_of(tmp_path / "labelled")["adapted"] == "8"
 
 
 def test_files_of_training_speakers_are_labelled_and_not_scored(tmp_path, predicted, capsys):

@@ -1530,15 +1530,15 @@ def test_the_constants_of_the_ensemble():
 def test_parts_of_equal_loss_get_equal_weights():
     """Three of four right: the best weight is 0.549, so 0.568 of the grid; of their sum it is 0.549 / (2 * 0.568)."""
     logits, label = part_logits(3, 1)
-    found = stats.fit_ensemble_weights([logits], [logits[None]], [label])
-    assert found == pytest.approx((0, GRID[15], GRID[15], 1 / GRID[14]))
+    found = stats.fit_ensemble_weights([logits], [logits[None, None]], [label])
+    assert found == (0, (1,), *(pytest.approx(value) for value in (GRID[15], GRID[15], 1 / GRID[14])))
 
 
 def test_the_part_with_the_smaller_loss_gets_the_larger_share():
     """Of each class 6 utterances are right in both parts, 1 in the linear part alone, and 1 in none."""
     hidden, label = part_logits(6, 2)
     linear, _ = part_logits(7, 1)
-    found = stats.fit_ensemble_weights([hidden], [linear[None]], [label])
+    found = stats.fit_ensemble_weights([hidden], [linear[None, None]], [label])
     power = (part_loss(GRID[15], 6, 2) / part_loss(GRID[17], 7, 1)) ** 4
     assert power == pytest.approx(4.9, abs=0.1)
     assert found.hidden == pytest.approx(2 / (1 + power) * GRID[15])
@@ -1556,23 +1556,23 @@ def test_the_part_with_the_smaller_loss_gets_the_larger_share():
 def test_a_part_without_information_gets_the_weight_zero(useless):
     logits, label = part_logits(3, 1)
     share = 1 / (1 + (part_loss(GRID[15], 3, 1) / math.log(2)) ** 4)
-    only_hidden = stats.fit_ensemble_weights([logits], [useless * logits[None]], [label])
-    assert only_hidden[:3] == pytest.approx((0, 2 * share * GRID[15], 0))
-    only_linear = stats.fit_ensemble_weights([useless * logits], [logits[None]], [label])
-    assert only_linear[:3] == pytest.approx((0, 0, 2 * share * GRID[15]))
+    only_hidden = stats.fit_ensemble_weights([logits], [useless * logits[None, None]], [label])
+    assert (only_hidden.hidden, only_hidden.linear) == pytest.approx((2 * share * GRID[15], 0))
+    only_linear = stats.fit_ensemble_weights([useless * logits], [logits[None, None]], [label])
+    assert (only_linear.hidden, only_linear.linear) == pytest.approx((0, 2 * share * GRID[15]))
     # 0.549 / (2 * share * 0.568) = 0.796 lies between 0.711 and 0.888.
     assert only_hidden.temperature == only_linear.temperature == 1 / GRID[16]
 
 
 def test_without_any_information_both_weights_are_zero():
-    found = stats.fit_ensemble_weights([np.zeros((4, 2))], [np.zeros((7, 4, 2))], [np.array([0, 0, 1, 1])])
-    assert found == (0, 0, 0, 1 / GRID[0])
+    found = stats.fit_ensemble_weights([np.zeros((4, 2))], [np.zeros((1, 7, 4, 2))], [np.array([0, 0, 1, 1])])
+    assert found == (0, (1,), 0, 0, 1 / GRID[0])
 
 
 def test_a_perfect_linear_part_leaves_nothing_to_the_hidden_layer():
     hidden, label = part_logits(3, 1)
     perfect = 1e4 * (2 * np.eye(2)[label] - 1)
-    found = stats.fit_ensemble_weights([hidden], [perfect[None]], [label])
+    found = stats.fit_ensemble_weights([hidden], [perfect[None, None]], [label])
     assert 0 < found.hidden < 1e-30
     assert found.linear == pytest.approx(2 * GRID[0])
 
@@ -1581,29 +1581,31 @@ def test_each_class_counts_the_same_in_the_weights():
     """All 9 utterances of one class are right and the only one of the other is wrong: no better than chance."""
     label = np.array([0] * 9 + [1])
     logits = np.tile([1.0, -1.0], (10, 1))
-    assert stats.fit_ensemble_weights([logits], [logits[None]], [label])[:3] == (0, 0, 0)
+    assert stats.fit_ensemble_weights([logits], [logits[None, None]], [label])[:4] == (0, (1,), 0, 0)
 
 
 def test_the_shrinkage_has_the_lowest_loss_over_seeds_that_count_the_same():
     """The first shrinkage is better for the seed with few utterances, the second for the one with many and in total."""
     (few, label), (many, other_label) = part_logits(7, 1), part_logits(60, 20)
-    linear = [np.stack([few, part_logits(5, 3)[0]]), np.stack([many, part_logits(64, 16)[0]])]
+    linear = [np.stack([few, part_logits(5, 3)[0]])[None], np.stack([many, part_logits(64, 16)[0]])[None]]
     hidden = [np.zeros_like(few), np.zeros_like(many)]
     found = stats.fit_ensemble_weights(hidden, linear, [label, other_label])
     loss = (part_loss(GRID[16], 7, 1) + part_loss(GRID[16], 60, 20)) / 2
     share = 1 / (1 + (math.log(2) / loss) ** 4)
-    assert found[:3] == pytest.approx((0, 0, 2 * (1 - share) * GRID[16]))
-    swapped = [logits[::-1] for logits in linear]
+    assert found[:3] == (0, (1,), 0)
+    assert found.linear == pytest.approx(2 * (1 - share) * GRID[16])
+    swapped = [logits[:, ::-1] for logits in linear]
     assert stats.fit_ensemble_weights(hidden, swapped, [label, other_label]) == found._replace(shrinkage=1)
 
 
 def test_the_first_of_equal_shrinkages_is_chosen():
     logits, label = part_logits(3, 1)
-    assert stats.fit_ensemble_weights([logits], [np.stack([0 * logits, logits, logits])], [label]).shrinkage == 1
+    linear = np.stack([0 * logits, logits, logits])[None]
+    assert stats.fit_ensemble_weights([logits], [linear], [label]).shrinkage == 1
 
 
 def explicit_weights(hidden, linear, label):
-    """The rule of `fit_ensemble_weights` as loops over seeds, shrinkages and the grid."""
+    """The rule of `fit_ensemble_weights` as loops over seeds, shrinkages, layers and the grid."""
 
     def loss(parts):
         return np.mean([stats.balanced_cross_entropy(part, true) for part, true in zip(parts, label)])
@@ -1611,26 +1613,85 @@ def explicit_weights(hidden, linear, label):
     def best(parts, grid):
         return min((loss([weight * part for part in parts]), weight) for weight in grid)
 
+    def sum_of_layers(shrinkage):
+        layers = [[part[layer][shrinkage] for part in linear] for layer in range(len(linear[0]))]
+        shares = [best(parts, [0, *GRID])[0] ** -4 for parts in layers]
+        shares = [share / sum(shares) for share in shares]
+        return shares, [sum(share * part for share, part in zip(shares, parts)) for parts in zip(*layers)]
+
     hidden_loss, hidden_weight = best(hidden, [0, *GRID])
     linear_loss, shrinkage, linear_weight = min(
-        (value, index, weight)
-        for index in range(len(linear[0]))
-        for value, weight in [best([part[index] for part in linear], [0, *GRID])]
+        (value, index, weight) for index in range(7) for value, weight in [best(sum_of_layers(index)[1], [0, *GRID])]
     )
+    shares, linear = sum_of_layers(shrinkage)
     hidden_weight *= 2 * linear_loss**4 / (linear_loss**4 + hidden_loss**4)
     linear_weight *= 2 * hidden_loss**4 / (linear_loss**4 + hidden_loss**4)
-    total = [hidden_weight * one + linear_weight * other[shrinkage] for one, other in zip(hidden, linear)]
-    return shrinkage, hidden_weight, linear_weight, 1 / best(total, GRID)[1]
+    total = [hidden_weight * one + linear_weight * other for one, other in zip(hidden, linear)]
+    return shrinkage, *shares, hidden_weight, linear_weight, 1 / best(total, GRID)[1]
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_the_weights_of_several_seeds_follow_the_rule(seed):
+@pytest.mark.parametrize(("seed", "layers"), [(0, 1), (1, 1), (2, 2), (3, 2), (4, 5)])
+def test_the_weights_of_several_seeds_and_layers_follow_the_rule(seed, layers):
     rng = np.random.default_rng(seed)
     label = [rng.integers(0, 3, count) for count in (15, 40, 22)]
     hidden = [rng.normal(size=(len(true), 3)) + 1.5 * np.eye(3)[true] for true in label]
-    linear = [rng.normal(size=(7, len(true), 3)) + 2 * np.eye(3)[true] for true in label]
-    found = stats.fit_ensemble_weights(hidden, linear, label)
-    assert found == pytest.approx(explicit_weights(hidden, linear, label))
+    skill = rng.uniform(0, 2, (layers, 1, 1, 1))
+    linear = [rng.normal(size=(layers, 7, len(true), 3)) + skill * np.eye(3)[true] for true in label]
+    shrinkage, shares, *rest = stats.fit_ensemble_weights(hidden, linear, label)
+    assert (shrinkage, *shares, *rest) == pytest.approx(explicit_weights(hidden, linear, label))
+
+
+# --- layers ---
+
+
+def test_layers_of_equal_loss_get_equal_shares():
+    logits, label = part_logits(3, 1)
+    for count in (1, 2, 5):
+        shares = stats.choose_shrinkage([np.tile(logits, (count, 7, 1, 1))], [label]).layers
+        np.testing.assert_allclose(shares, np.full(count, 1 / count), rtol=1e-12)
+
+
+def test_the_layer_with_the_smallest_loss_gets_the_largest_share():
+    """The shares are as the inverse fourth powers of the losses."""
+    layers, losses = zip(*((part_logits(right, 8 - right)[0], right) for right in (4, 7, 6)))
+    label = part_logits(4, 4)[1]
+    found = stats.choose_shrinkage([np.stack(layers)[:, None]], [label])
+    losses = np.array([math.log(2), part_loss(GRID[17], 7, 1), part_loss(GRID[15], 6, 2)])
+    np.testing.assert_allclose(found.layers, losses**-4 / (losses**-4).sum(), rtol=1e-6)
+    assert found.layers.argmax() == 1
+
+
+def test_the_shrinkage_of_layers_is_that_of_their_best_sum():
+    """Each layer alone is best with the second shrinkage, but with the first their mistakes cancel each other."""
+    (good, label), wrong = part_logits(8, 0), np.zeros((2, 16, 1))
+    wrong[0, [0, 1, 8, 9]] = wrong[1, [2, 3, 10, 11]] = 1
+    alike = np.where(np.isin(np.arange(16), [0, 8])[:, None], -good, good)
+    layers = np.stack([np.stack([good * (1 - 1.9 * mistakes), alike]) for mistakes in wrong])
+    single = [stats.choose_shrinkage([layer[None]], [label]).shrinkage for layer in layers]
+    assert (single, stats.choose_shrinkage([layers], [label]).shrinkage) == ([1, 1], 0)
+
+
+def test_the_logits_of_layers_are_those_of_each_layer_alone():
+    rng = np.random.default_rng(0)
+    x, kernel, bias = rng.normal(size=(5, 3 * 4)), rng.normal(size=(3, 7, 4, 2)), rng.normal(size=(3, 7, 2))
+    found = stats.layer_logits(x, kernel, bias)
+    assert found.shape == (3, 7, 5, 2)
+    for layer, shrinkage in np.ndindex(3, 7):
+        own = x[:, 4 * layer : 4 * layer + 4]
+        np.testing.assert_allclose(found[layer, shrinkage], own @ kernel[layer, shrinkage] + bias[layer, shrinkage])
+
+
+def test_the_linear_models_of_layers_become_one_with_the_logits_of_their_weighted_sum():
+    rng = np.random.default_rng(0)
+    x, kernel, bias = rng.normal(size=(5, 3 * 4)), rng.normal(size=(3, 7, 4, 2)), rng.normal(size=(3, 7, 2))
+    weights = stats.EnsembleWeights(2, (0.5, 0.2, 0.3), 1.0, 1.0, 1.0)
+    whole_kernel, whole_bias = weights.add_layers(kernel, bias)
+    assert (whole_kernel.shape, whole_bias.shape) == ((12, 2), (2,))
+    expected = sum(
+        share * (own @ kernel[layer, 2] + bias[layer, 2])
+        for layer, (share, own) in enumerate(zip(weights.layers, (x[:, :4], x[:, 4:8], x[:, 8:])))
+    )
+    np.testing.assert_allclose(x @ whole_kernel + whole_bias, expected)
 
 
 # --- fusion ---
