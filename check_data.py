@@ -128,7 +128,9 @@ def build_parser(options: type, description: str, details: str) -> tuple[argpars
     """
     layout = argparse.RawDescriptionHelpFormatter
     usage = "%(prog)s DIR [options]"
-    parser = argparse.ArgumentParser(usage=usage, description=description, epilog=details, formatter_class=layout)
+    parser = argparse.ArgumentParser(
+        usage=usage, description=description, epilog=details, formatter_class=layout, allow_abbrev=False
+    )
     nargs = None if dataclasses.fields(options)[0].default is dataclasses.MISSING else "?"
     help_text = "folder of .npz or .npy files, flat or in subfolders"
     parser.add_argument("directory", metavar="DIR", nargs=nargs, help=help_text)

@@ -131,7 +131,8 @@ deploy() { # ARGUMENT... of train.py
             *) case $previous in
                 --out) out=$argument ;;
                 --labels | --predict) send "$argument" ;;
-                '' | [!-]* | --*=* | --transpose | --nan-to-zero | --no-versions | --layers | --new-speakers | \
+                --adapt) case $argument in all | [0-9]*) ;; *) send "$argument" && directory=$there ;; esac ;;
+                '' | [!-]* | -[0-9]* | --*=* | --transpose | --nan-to-zero | --no-versions | --layers | --new-speakers | \
                     --fresh | --overwrite | --no-compile-cache | --recompute-stats | --require-gpu)
                     send "$argument" && directory=$there ;;
             esac ;;

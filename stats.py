@@ -1144,12 +1144,12 @@ def complete_probabilities(probability: np.ndarray, known: np.ndarray) -> np.nda
     """Probabilities of R runs, (R, N, C), also of the classes that a run does not know.
 
     Such a class takes the mean probability of the runs that know it, or chance where none does, and those that the run
-    knows share the rest: a run without a class speaks neither for nor against it. `known` has shape (R, N, C).
+    knows share the rest: a run without a class is neutral about it. `known` has shape (R, N, C).
     """
     runs = known.sum(0)
     consensus = np.where(runs > 0, (probability * known).sum(0) / np.maximum(runs, 1), 1 / probability.shape[-1])
     outside = np.where(known, 0, consensus)
-    inside = 1 - outside.sum(-1, keepdims=True)
+    inside = np.maximum(1 - outside.sum(-1, keepdims=True), 0)
     return np.where(known, probability * inside, outside)
 
 

@@ -14,7 +14,8 @@ update of one model -> `finish_fold` -> `Ensemble.forward` -> `evaluate_run` -> 
 `check_data.iter_features` -> `Ensemble.forward` -> `save_prediction`.
 
 Axes: P population (settings x folds and the final model x seeds), S seeds, K folds, N utterances, B batch, T frames,
-D features, W hidden width, C classes, E epochs; F frames of all sequences together.
+L layers, D features (of all layers together), W hidden width, C classes, E epochs; F frames of all sequences together;
+R fused runs.
 """
 
 import signal
@@ -88,6 +89,7 @@ MAX_BAD_STEPS = 5  # consecutive steps with a loss or gradient that is not finit
 MAX_SAVE_SHARE = 0.01  # of the training time goes into checkpoints; twice that in the first minute
 SAVE_RATE = 2e8  # bytes a second, assumed until the first checkpoint has been timed
 PRIORS = (1, 4, 16)  # to choose from: as many utterances of a speaker count as much as the mean of all speakers
+ADAPTATION = "all|[1-9][0-9]{0,5}"  # values of --adapt
 MIN_GAIN = 0.05  # of the validation loss; less is no reason to adapt
 LAYER_RATE = 10  # of the weights of layers, times the learning rate: few steps must move them far enough
 SHARED_KEY = 2**32 - 1  # branch of the random numbers that all members share
@@ -130,7 +132,7 @@ class Config(check_data.ScanOptions):
     directory: str | None = None
     out: str | None = option(None, "results folder (default: runs/<name of DIR>)", "output")
     predict: str | None = option(None, "label DIR, or a single file, with the model in this results folder", "output")
-    new_speakers: bool = option(False, "score speakers that may be new to the model, unless their names tell", "output")
+    new_speakers: bool = option(False, "treat speakers as unseen where their names cannot show it", "output")
     compare: tuple[str, ...] = option((), "compare the scores of these results folders", "output", metavar="RUN")
     fuse: tuple[str, ...] = option(
         (),
@@ -142,7 +144,7 @@ class Config(check_data.ScanOptions):
     seeds: int = option(5, "models per fold, each with other validation speakers; their logits are averaged", "split")
     seed: int = option(0, "random seed", "split")
     adapt: str | None = option(
-        None, "centre each utterance with the others of its speaker, all or at most STR", "training", bare="all"
+        None, "centre each utterance with the others of its speaker: all, or at most STR", "training", bare="all"
     )
     epochs: int = option(40, "maximum epochs", "training")
     patience: int = option(10, "early-stopping patience in epochs", "training")
@@ -182,7 +184,7 @@ class Config(check_data.ScanOptions):
         for name in ("seeds", "epochs", "patience", "batch", "width", "sweep"):
             require(1 <= getattr(self, name) <= MAX_NUMBER, name, f"from 1 to {MAX_NUMBER}")
         require(self.seeds * self.width <= MAX_UNITS, "width", f"at most {MAX_UNITS} / --seeds")
-        allowed = self.adapt is None or re.fullmatch("all|[1-9][0-9]{0,5}", self.adapt)
+        allowed = self.adapt is None or re.fullmatch(ADAPTATION, self.adapt)
         require(bool(allowed), "adapt", "all, or a number above 0")
         for name in ("learning_rate", "clip"):
             require(0 < getattr(self, name) < math.inf, name, "above 0")
@@ -599,13 +601,14 @@ def other_utterances(x, utterances: list[emotions.Utterance], most: float = math
     """The other utterances of each speaker; if they are more than `most`, so many are drawn.
 
     The features of an utterance never move its own mean, not even by rounding, nor do those of its versions and other
-    files of the same recording. Versions are not among the others. No label is used.
+    files of the same recording. Versions are not among the others, nor what --classes leaves out. No other label is
+    used.
     """
     speaker = np.array([utterance.speaker or "" for utterance in utterances])
     recording = stats.numbered([utterance.recording or utterance.file for utterance in utterances])
     original = np.array([not utterance.version for utterance in utterances])
     random = np.random.default_rng(seed)
-    others = Others(np.zeros_like(x), np.zeros(len(x), np.float32))
+    others = Others(aligned_zeros(x.shape), np.zeros(len(x), np.float32))
     for name in np.unique(speaker[speaker != ""]):
         own = np.flatnonzero(speaker == name)
         source = own[original[own]]
@@ -615,7 +618,7 @@ def other_utterances(x, utterances: list[emotions.Utterance], most: float = math
         if others.count[own].max() > most:
             for place in own:
                 drawn = random.permutation(source[recording[source] != recording[place]])[: int(most)]
-                others.mean[place] = x[drawn].mean(0, dtype=np.float64)
+                others.mean[place] = x[drawn].sum(0, dtype=np.float64) / max(len(drawn), 1)
                 others.count[place] = len(drawn)
             continue
         sums = np.zeros((len(size), x.shape[1]))
@@ -635,8 +638,10 @@ def add_others(dataset: Dataset, split: "Split", config: Config) -> Dataset:
     """Add what --adapt needs. A UsageError is raised where speakers are unknown, or not divided by the split."""
     if config.adapt is None:
         return dataset
-    if not split.independent:  # training would see the features of test speakers
-        raise UsageError(f"--adapt needs the speaker of every file, and folds that divide speakers: {split.notes[0]}")
+    unknown = sum(utterance.speaker is None for utterance in dataset.utterances)
+    if unknown or not split.independent:  # training would see the features of test speakers
+        reason = f"unknown for {check_data.counted(unknown, 'file')}" if unknown else split.notes[0]
+        raise UsageError(f"--adapt needs the speaker of every file, and folds that divide speakers: {reason}")
     others = given = other_utterances(dataset.x, dataset.utterances)
     if config.adapt != "all":  # training is better with all of them, too
         given = other_utterances(dataset.x, dataset.utterances, most_others(config.adapt), config.seed)
@@ -655,7 +660,7 @@ def pack(scan: check_data.Scan, pooling: str = "attentive") -> Dataset:
     if scan.layers > 1:
         sequences = [layers.reshape(1, -1) for layers in sequences]
     if all(len(sequence) == 1 for sequence in sequences):
-        x = np.concatenate(sequences)
+        x = np.concatenate(sequences, out=aligned_zeros((len(sequences), sequences[0].shape[1])))
         moments = stats.Moments(np.ones(len(x)), x, np.zeros((len(x), 1)))
     else:
         moments = stats.Moments.stack([stats.Moments.of(sequence) for sequence in sequences])
@@ -843,7 +848,7 @@ def choose_statistics(scan: check_data.Scan, dataset: Dataset, config: Config):
 
 
 def centre(model, others: Others | None):
-    """What utterances are measured from, by a Member or an Ensemble: the mean of the training speakers, (D,).
+    """What utterances are measured from, by a Member or an Ensemble: the mean of all but the test speakers, (D,).
 
     With --adapt it is (N, D), as it is moved towards the mean of the other utterances of their speaker. n of them move
     it by n / (n + prior), as in the maximum a posteriori estimate of a mean (Gauvain and Lee 1994).
@@ -872,13 +877,13 @@ def normalise_folds(dataset: Dataset, split: Split, stored: stats.Stored):
         if dataset.others is None:
             return plain
         adapted = plain._replace(prior=choose_prior(dataset, split, fold, plain))
-        if stored.user_supplied:
+        if stored.user_supplied or math.isinf(adapted.prior):
             return adapted
         used = split.fold != fold
         moved = dataset.moments._replace(mean=dataset.moments.mean - centre(adapted, dataset.others))
         return adapted._replace(scale=statistics._replace(std=moved.merged(used).statistics().std).scale())
 
-    with concurrent.futures.ThreadPoolExecutor(available_cores()) as executor:
+    with concurrent.futures.ThreadPoolExecutor(min(available_cores(), 8)) as executor:  # each has copies of x
         models = list(executor.map(normalise, range(split.folds + 1)))
     if dataset.others is not None:
         priors = ", ".join("none" if math.isinf(model.prior) else f"{model.prior:g}" for model in models)
@@ -1936,7 +1941,8 @@ def evaluate_run(experiment: Experiment, trained: Trained) -> dict:
     if stored.user_supplied:
         statistics = "supplied by the user"
         notes.append("your statistics apply to every fold; if they are of these files, they include the test speakers")
-    if plain := sum(math.isinf(ensemble.prior) for ensemble in trained.ensembles[:-1]) * (config.adapt is not None):
+    plain = sum(math.isinf(ensemble.prior) for ensemble in trained.ensembles[:-1])
+    if config.adapt and plain:
         found = f"no adaptation in {check_data.counted(plain, 'fold')} of {split.folds}"
         notes.append(f"{found}: it did not help the validation speakers")
     metrics = evaluate(out_of_fold(experiment, trained), split.scheme, split.independent, statistics, notes)
@@ -2060,6 +2066,7 @@ def describe_model(scan: check_data.Scan, experiment: Experiment, trained: Train
         "dim": scan.dim,
         "layers": scan.layers,
         "layer_axis": scan.layer_axis,
+        "layer_weights": trained.ensembles[-1].params.get("layers", np.ones((1, 1))).mean(0).tolist(),
         "prior": float(trained.ensembles[-1].prior),  # null if it is infinite
         "pooling": config.pooling if dataset.frames is not None else "mean",
         "reshapes_vectors": scan.reshapes_vectors,
@@ -2174,7 +2181,7 @@ def report_heading(metrics) -> tuple[str, str]:
         number = "all" if metrics["adapted"] == "all" else f"up to {metrics['adapted']}"
         method += f", ADAPTED to each speaker by {number} other, unlabelled utterances"
     speakers = check_data.counted(metrics["n_speakers"], "speaker")
-    return method, f"{metrics['n_utterances']} utterances, {speakers}, {classes} classes"
+    return printable(method), f"{metrics['n_utterances']} utterances, {speakers}, {classes} classes"
 
 
 def corpus_names(corpora: Iterable[str]) -> str:
@@ -2876,6 +2883,7 @@ class Model(NamedTuple):
     layer_axis: int  # of the layers in arrays of three axes, or None
     layer: int  # the one that is read from files with several, or None
     adapt: str  # as in Config, or None
+    seed: int
     prior: float
     pooling: str
     reshapes_vectors: bool
@@ -2889,6 +2897,11 @@ class Model(NamedTuple):
     temperature: float
     digest: str  # SHA-256 of model.npz
     ensemble: Ensemble | None = None
+
+    @property
+    def adapted(self) -> str | None:
+        """How its answers are adapted; None, too, if the final model chose not to adapt."""
+        return self.adapt if math.isfinite(self.prior) else None
 
     @property
     def width(self) -> int:
@@ -2956,7 +2969,7 @@ def read_description(path: Path) -> Model:
         if "fusion" in config:
             advice = "label the files with each of its runs, then fuse those folders with --fuse and this --predict"
             raise stats.DataError("fusion", f"it is a fusion of runs; {advice}")
-        options = {name: config["options"][name] for name in ("merge", "adapt", "layer")}
+        options = {name: config["options"][name] for name in ("merge", "adapt", "layer", "seed")}
         given = config | options | {"digest": config["model"]}
         given["prior"] = math.inf if given["prior"] is None else given["prior"]
         absent = {"ensemble"} | {name for name in ("adapt", "layer", "layer_axis") if given[name] is None}
@@ -3006,7 +3019,8 @@ def run_prediction(config: Config) -> int:
     if not is_primary():
         return 0
     model = load_model(run)
-    log_unused(config, "with --predict", TRAINING_OPTIONS)
+    others = ("layers", "layer", "fresh", "overwrite", "no_compile_cache", "recompute_stats")
+    log_unused(config, "with --predict", (*TRAINING_OPTIONS, *others))
     out = Path(config.out or run / f"predict-{os.path.basename(os.path.realpath(given))}")
     check_prediction_folder(out, given if given.is_dir() else given.parent, run)
     if config.dim not in (None, model.dim):
@@ -3022,7 +3036,7 @@ def run_prediction(config: Config) -> int:
     notes += reasons
     metrics = None
     if scored.utterances:
-        metrics = evaluate_transfer(model, scored, notes) | {"adapted": model.adapt}
+        metrics = evaluate_transfer(model, scored, notes) | {"adapted": model.adapted}
         metrics |= left_out_report(scan) | provenance(config, package_versions(["numpy"]))
         for name in TRAINING_OPTIONS:  # they have no effect
             metrics["settings"].pop(name, None)
@@ -3057,14 +3071,17 @@ def answer_files(
     utterances, others = [], None
     with live_log():
         features = usable_features(options, model, scan, utterances)
-        if model.adapt:  # the files are read twice, as sequences may not fit in memory
+        if model.adapted:  # the files are read twice, as sequences may not fit in memory
             means = [frames.mean(0) for frames in features]
-            others = other_utterances(
-                np.reshape(means, (-1, model.width)), utterances, most_others(model.adapt), config.seed
-            )
+            means = np.reshape(means, (-1, model.width))
+            others = other_utterances(means, utterances, most_others(model.adapt), model.seed)
             again = []
             features = usable_features(options, model, dataclasses.replace(scan, findings=[]), again)
         answers = Answers.of(model.ensemble, model.temperature, features, others)
+    if model.adapt and not model.adapted:
+        notes.append("the final model does not adapt: in training that did not help its validation speakers")
+    if scan.layer_guess:
+        notes.append(scan.layer_guess)
     if others and again != utterances:
         raise UsageError("files of DIR were changed while they were read; predict again")
     if others and (alone := int((others.count == 0).sum())):
@@ -3163,21 +3180,24 @@ def evaluate_transfer(model: Model, scored: Predictions, notes: list[str]) -> di
         notes.append(
             f"the speakers of {check_data.counted(stated, 'file')} are new to the model by --new-speakers alone"
         )
-    if unknown := sum(utterance.speaker is None for utterance in utterances):
+    unknown = sum(utterance.speaker is None for utterance in utterances)
+    if unknown:
         found = f"speaker unknown for {check_data.counted(unknown, 'file')}"
         notes.append(f"{found}: each recording counts as a speaker of its own, so that the intervals are too narrow")
     labels = {utterance.emotion for utterance in utterances}
     if absent := [name for name in scored.classes if name not in labels]:
         notes.append(f"no scored file is {', '.join(absent)}, but answers may be; --classes leaves classes out")
     metrics = evaluate(scored, TRANSFER, True, "of the model's training data", notes)
-    return metrics | {"trained_on": list(model.corpora), "model": model.digests["model"]}
+    metrics |= {"trained_on": list(model.corpora), "unknown_speakers": unknown}
+    return metrics | {"model": model.digests["model"]}
 
 
 def save_prediction(
     out: Path, scan: check_data.Scan, predictions: Predictions, digests: dict[str, str], metrics: dict | None
 ) -> None:
     """Write the files of a prediction, and remove the scores of an earlier one if there are none now."""
-    artifacts = {"skipped.csv": skipped_bytes(scan)} | prediction_files(predictions, digests)
+    # predictions.csv is the first to appear: it marks the folder.
+    artifacts = prediction_files(predictions, digests) | {"skipped.csv": skipped_bytes(scan)}
     if metrics:
         artifacts |= score_files(metrics)
     out.mkdir(parents=True, exist_ok=True)
@@ -3219,9 +3239,10 @@ def load_results(run: Path, scored: bool = True) -> Results:
     """
     require_finished(run)
     try:
-        metrics = json.loads(stats.read_bytes(run / "metrics.json", MAX_DESCRIPTION)) if scored else {}
+        metrics = json.loads(stats.read_bytes(run / "metrics.json", MAX_MODEL)) if scored else {}
         arrays = check_data.read_arrays(run / "fusion.npz", kinds="fiU")
         whole = has_all_answers(arrays) and (not scored or has_all_scores(metrics))
+        whole = whole and metrics.get("model", str(arrays["model"])) == str(arrays["model"])  # else of two runs
     except stats.DataError as error:
         files = "metrics.json and fusion.npz of a finished run" if scored else "fusion.npz with predictions"
         raise UsageError(f"{run} holds no {files}: {error}") from None
@@ -3230,7 +3251,7 @@ def load_results(run: Path, scored: bool = True) -> Results:
     if not whole:
         raise UsageError(f"{run}: metrics.json or fusion.npz is damaged, or of another version of train.py")
     if metrics.get("fold_scheme") == TRANSFER:  # not all of them are scored
-        unseen = np.isin(arrays["speaker"], ["", *metrics["speakers"]])
+        unseen = np.isin(arrays["speaker"], ["", *metrics["speakers"]][not metrics.get("unknown_speakers") :])
         arrays["label"] = np.where(unseen & (arrays["version"] == ""), arrays["label"], -1)
     return Results(str(run), metrics, arrays)
 
@@ -3243,6 +3264,7 @@ def has_all_scores(metrics) -> bool:
         low, high = metrics[f"{name}_ci95"]
         numbers += low, high
     numeric = all(number is None or type(number) in (int, float) for number in numbers)
+    numeric = numeric and bool(re.fullmatch(ADAPTATION, metrics.get("adapted") or "all"))
     return numeric and isinstance(metrics["fold_scheme"], str)
 
 
@@ -3308,10 +3330,12 @@ def align(runs: list[Results]) -> Aligned:
         answers = stats.probabilities(logits)
         np.add.at(probability[number], (place[:, None], column), answers)
         known[number][np.ix_(place, column)] = True
-        row[number, place] = np.arange(len(place))
-        label[number, place] = np.where(arrays["label"] < 0, -1, column[arrays["label"]])
-        fold[number, place] = arrays["fold"]
-        speaker[number, place] = arrays["speaker"].tolist()
+        order = np.argsort(arrays["version"] == "", kind="stable")  # originals last: theirs are row and label
+        place = place[order]
+        row[number, place] = order
+        label[number, place] = np.where(arrays["label"] < 0, -1, column[arrays["label"]])[order]
+        fold[number, place] = arrays["fold"][order]
+        speaker[number, place] = arrays["speaker"][order].tolist()
     files = probability.sum(-1, keepdims=True)
     probability = probability / np.where(files > 0, files, 1)
     return Aligned(utterance, tuple(classes), probability, known, row, label, speaker, fold)
@@ -3392,7 +3416,7 @@ def comparison_notes(first: Results, other: Results, aligned: Aligned) -> list[s
     independence = [each.get("speaker_independent") for each in metrics]
     if independence[0] != independence[1]:
         add("INDEPENDENCE DIFFERS", [f"{'unseen' if each else 'possibly seen'} speakers" for each in independence])
-    adaptation = [json.dumps(each.get("adapted") or "none") for each in metrics]
+    adaptation = [each.get("adapted") or "none" for each in metrics]
     if adaptation[0] != adaptation[1]:
         add("ADAPTATION DIFFERS", adaptation)
     return notes
@@ -3555,8 +3579,12 @@ def fuse_runs(runs: list[Results]) -> tuple[Predictions, stats.FusionWeights, di
         tested = fold == number
         scores |= {"fold": number + 1, "test": sorted(set(group[tested])), "n_test": int(tested.sum())}
         scores |= {"weights": weights.weights.tolist(), "temperature": weights.temperature}
-    if adapted := [run.metrics["adapted"] for run in runs if run.metrics.get("adapted")]:
-        metrics["adapted"] = adapted[0]
+    adaptation = [run.metrics.get("adapted") for run in runs]
+    if any(adaptation):
+        metrics["adapted"] = max(filter(None, adaptation), key=most_others)
+    if len(set(adaptation)) > 1:
+        details = ", ".join(f"{name}: {each or 'none'}" for name, each in zip(names, adaptation))
+        metrics["notes"].append(f"the runs are adapted differently ({details})")
     return predictions, chosen[-1], metrics
 
 

@@ -190,6 +190,22 @@ def test_training_uses_all_others_and_validation_at_most_as_many_as_are_given():
     np.testing.assert_array_equal(added.given.mean, expected.mean)
 
 
+def test_unknown_speakers_are_refused_with_any_folds():
+    """Folds that need no speakers, too."""
+    dataset = speakers_with_offsets(1, speakers=3)
+    split = train.make_split(dataset, SMALL)._replace(independent=True)
+    dataset.utterances[0] = dataclasses.replace(dataset.utterances[0], speaker=None)
+    with pytest.raises(check_data.UsageError, match="unknown for 1 file"):
+        train.add_others(dataset, split, dataclasses.replace(SMALL, adapt="all"))
+
+
+def test_a_final_model_that_does_not_adapt_gives_plain_answers():
+    model = train.Model(**dict.fromkeys(train.Model._fields))
+    assert model._replace(adapt="8", prior=4.0).adapted == "8"
+    assert model._replace(adapt="8", prior=np.inf).adapted is None
+    assert model._replace(prior=np.inf).adapted is None
+
+
 def test_unknown_speakers_are_refused_for_training():
     dataset = speakers_with_offsets(1, speakers=3)
     for place in (0, 5):

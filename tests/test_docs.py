@@ -85,7 +85,7 @@ def test_every_key_and_array_of_a_run_is_documented(trained):
     run = trained / "first"
     metrics, config = (json.loads((run / name).read_text()) for name in ("metrics.json", "config.json"))
     documented = set(names_in_first_column(section("metrics.json"))) | {f"{name}_ci95" for name in train.SCORES}
-    assert documented == metrics.keys() | {"sweep", "layers", "trained_on", "fused", "weights"}
+    assert documented == metrics.keys() | {"sweep", "layers", "trained_on", "unknown_speakers", "fused", "weights"}
     described = next(line for line in section("Results").splitlines() if line.startswith("| `config.json`"))
     assert all(f"`{key}`" in described for key in config)
     with np.load(run / "fusion.npz") as fusion:

@@ -653,6 +653,10 @@ def test_train_py_gets_its_arguments_with_the_far_side_s_paths(sides):
     sides.deploy("--out", "runs/mine", there, status=0)
     sides.ended()
     assert json.loads((sides.home / "argv").read_text()) == ["--out", "runs/mine", there, "--out", "runs/mine"]
+    for words in (("--adapt", there), ("--adapt", "8", there), ("--layer", "-1", there)):
+        sides.deploy(*words, "--out", "runs/mine", status=0)
+        sides.ended()
+        assert json.loads((sides.home / "argv").read_text()) == [*words, "--out", "runs/mine", "--out", "runs/mine"]
     assert "exists neither here nor on HOST" in sides.deploy("missing", status=2).stderr
     assert "needs DIR" in sides.deploy("--epochs", "3", status=2).stderr
 
