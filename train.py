@@ -84,7 +84,6 @@ Array = Any  # of jax or numpy; jax is imported by start_jax
 EPOCHS_PER_CALL = 4  # of the compiled program; the host reads the measures, logs and saves between calls
 MIN_STEPS_PER_EPOCH = 16  # small sets get smaller batches, or an epoch would have too few updates
 MAX_LENGTH_GROUPS = 6  # in a batch of sequences: more groups mean less padding and a longer compilation
-SEQUENTIAL_OPTIONS = {"xla_backend_optimization_level": 1}  # less compilation; equal numbers, and as fast, for vectors
 MAX_BAD_STEPS = 5  # consecutive steps with a loss or gradient that is not finite; then the run ends
 MAX_SAVE_SHARE = 0.01  # of the training time goes into checkpoints; twice that in the first minute
 SAVE_RATE = 2e8  # bytes a second, assumed until the first checkpoint has been timed
@@ -1487,8 +1486,7 @@ def train_population(
     active = to_host(state.active)
     if active.any():  # before the clock starts from which the time left is estimated
         log.debug("compiling the training program")
-        program = program.lower(data, members, (np.uint32(0), np.int32(0)), state)
-        program = program.compile(SEQUENTIAL_OPTIONS if static.sequential else None)
+        program = program.lower(data, members, (np.uint32(0), np.int32(0)), state).compile()
         log.debug("training the first epochs")
     started, first = time.perf_counter(), progress.epoch
     while active.any():
