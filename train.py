@@ -107,8 +107,6 @@ TRANSFER = "transfer"  # instead of the folds, in the scores of --predict
 OTHER_CLASS = "the label is not among the classes"
 SCORE_FILES = ("metrics.json", "report.html", "confusion.csv")
 RUN_FILES = ("config.json", "model.npz", "history.csv", "train.log", "lock")  # files that only a run writes
-
-
 FORMATS = ("markdown", "latex", "json")  # of the tables of --compare, besides that for the terminal
 
 SWEEP = {  # what --sweep draws: lowest and highest value; "log" draws the logarithm uniformly
@@ -281,7 +279,7 @@ def default_folder(directory: Path) -> Path:
     own = path.with_name(f"{path.name}-{folder_digest(directory)[:6]}")
     if not own.exists() and is_run_of(path, directory):
         return path
-    log.info(f"results: in {printable(str(own))}; {printable(str(path))} is of another folder of this name, or was")
+    log.info(f"results: in {printable(str(own))}; {printable(str(path))} is for another folder with the same name")
     return own
 
 
@@ -3405,7 +3403,7 @@ def comparison_notes(first: Results, other: Results, aligned: Aligned) -> list[s
     label, other_label = aligned.label[:, shared]
     contradicting = (label != other_label) & (label >= 0) & (other_label >= 0)
     if count := int(contradicting.sum()):
-        notes.append(f"LABELS DIFFER: {count} utterances of {first.name} have other labels in {other.name}")
+        notes.append(f"LABELS DIFFER: {count} utterances of {first.name} are labelled differently in {other.name}")
     folds, other_folds = aligned.fold[:, shared].tolist()
     # Their numbers do not matter: equal folds are as many as there are pairs.
     pairs = set(zip(folds, other_folds))
@@ -3632,7 +3630,7 @@ def agreed(aligned: Aligned, names: list[str]) -> tuple[np.ndarray, np.ndarray]:
             one, two = pair if missing == "" else (aligned.classes[label] for label in pair)
             count = check_data.counted(int(different.any(0).sum()), "utterance")
             details = f"{aligned.utterance[place]} is {one} in {names[run]}, {two} in {names[other]}"
-            raise UsageError(f"the runs disagree on {count}: {details}; train both with the same labels and --merge")
+            raise UsageError(f"the runs disagree on {count}: {details}; use the same labels and --merge for both")
         found.append(best)
     return found[0], found[1]
 
@@ -3657,7 +3655,7 @@ def common_folds(aligned: Aligned, group: np.ndarray, names: list[str]) -> np.nd
             known = number >= 0
             if known and (number_of.setdefault(own, number) != number or own_of.setdefault(number, own) != own):
                 advice = "train both with the same --folds and --seed, or with --folds table"
-                found = f"{name} divides the speakers otherwise than {names[0]}: {speaker} is tested with others"
+                found = f"{name} splits the speakers differently from {names[0]}: {speaker} is tested in another group"
                 raise UsageError(f"{found}; {advice}")
         for speaker, own in members:
             if own not in number_of:

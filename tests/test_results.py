@@ -191,7 +191,7 @@ def test_whatever_else_differs_is_named_in_capitals(tmp_path, two, capsys):
     assert compare(capsys, poor, other)["notes"] == [
         f"CLASSES DIFFER: {poor} has happy sad angry; {other} has happy sad",
         f"UTTERANCES DIFFER: {poor} has 96, 64 of them in both; {other} has 64, 64 of them in both",
-        f"LABELS DIFFER: 3 utterances of {poor} have other labels in {other}",
+        f"LABELS DIFFER: 3 utterances of {poor} are labelled differently in {other}",
         f"FOLDS DIFFER: {poor} has 4 (4); {other} has 4 (leave-one-speaker-out)",
         f"INDEPENDENCE DIFFERS: {poor} has unseen speakers; {other} has possibly seen speakers",
         f"ADAPTATION DIFFERS: {poor} has none; {other} has 8",
@@ -597,13 +597,15 @@ def test_folds_that_divide_the_speakers_otherwise_are_refused(tmp_path, two, cap
     swapped = np.where(speaker == "ravdess:03", 1, np.where(speaker == "ravdess:04", 4, fold))
     change_arrays(two[1], fold=swapped.astype(np.int32))
     line = refusal(caplog, "--fuse", *two, "--out", tmp_path / "fused")
-    expected = r"\S+poor divides the speakers otherwise than \S+good: ravdess:0[1-8] is tested with others; train both"
+    expected = (
+        r"\S+poor splits the speakers differently from \S+good: ravdess:0[1-8] is tested in another group; train both"
+    )
     assert re.match(expected, line)
     merged = np.where(fold == 2, 1, fold)
     change_arrays(two[1], fold=merged.astype(np.int32))
-    assert "is tested with others" in refusal(caplog, "--fuse", *two, "--out", tmp_path / "fused")
+    assert "is tested in another group" in refusal(caplog, "--fuse", *two, "--out", tmp_path / "fused")
     change_arrays(two[1], fold=(np.arange(96) % 5 + 1).astype(np.int32))
-    assert "is tested with others" in refusal(caplog, "--fuse", *two, "--out", tmp_path / "fused")
+    assert "is tested in another group" in refusal(caplog, "--fuse", *two, "--out", tmp_path / "fused")
     assert "tests ravdess:01 in several folds" in refusal(caplog, "--fuse", *two[::-1], "--out", tmp_path / "fused")
 
 

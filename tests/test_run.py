@@ -519,7 +519,7 @@ def test_two_folders_of_one_name_have_different_results_folders(tmp_path, monkey
         assert train.default_folder(one) == run.path
         other = train.default_folder(two)
     assert other.parent == run.path.parent and other.name.startswith("data-")
-    assert f"results: in {other}; runs/data is of another folder of this name" in caplog.messages[-1]
+    assert f"results: in {other}; runs/data is for another folder with the same name" in caplog.messages[-1]
     (run.path / "lock").unlink()
     (run.path / "config.json").write_text(json.dumps({"data": str(one)}))  # finished
     assert (train.default_folder(one), train.default_folder(two)) == (run.path, other)
