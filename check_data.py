@@ -732,7 +732,7 @@ REMEDIES = dict.fromkeys(_DAMAGED, "copy it again, or extract its features again
     "not-float": "save the features as float32",
     "empty-array": "the recording may be too short; extract its features again",
     "bad-shape": "save one array of shape (D,) or (T, D)",
-    "no-layers": "save all layers of the encoder in one array, or choose an array with --key or a layer with --layer",
+    "no-layers": "choose another array with --key or layer with --layer; for vectors and sequences leave --layers out",
     "not-finite": "extract its features again, or replace such values by zero with --nan-to-zero",
     "constant": "extract its features again",
     "absurd-scale": "extract its features again, or from another layer",
