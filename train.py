@@ -1788,10 +1788,8 @@ class Predictions(NamedTuple):
 
     def select(self, chosen: np.ndarray) -> "Predictions":
         """Those of some utterances, by a bool mask (N,)."""
-        utterances, answers = (
-            list(itertools.compress(self.utterances, chosen)),
-            Answers(*(a[chosen] for a in self.answers)),
-        )
+        utterances = list(itertools.compress(self.utterances, chosen))
+        answers = Answers(*(part[chosen] for part in self.answers))
         return Predictions(utterances, self.classes, answers, self.fold[chosen], self.speaker[chosen])
 
 
@@ -2040,7 +2038,7 @@ def save_run(run: "RunFolder", scan: check_data.Scan, experiment: Experiment, tr
     artifacts = {
         "config.json": stats.json_bytes(config),
         "history.csv": stats.csv_bytes(trained.history),
-        "skipped.csv": skipped_bytes(scan),
+        "skipped.csv": skipped_bytes(scan.findings),
         **stats.pair_bytes(statistics, experiment.dataset.layers),
         "model.npz": model,
     }
@@ -2128,8 +2126,8 @@ def score_files(metrics: dict) -> dict[str, bytes]:
     }
 
 
-def skipped_bytes(scan: check_data.Scan) -> bytes:
-    return stats.csv_bytes([finding._asdict() for finding in scan.findings], check_data.Finding._fields)
+def skipped_bytes(findings: list[check_data.Finding]) -> bytes:
+    return stats.csv_bytes([finding._asdict() for finding in findings], check_data.Finding._fields)
 
 
 # --- the report -----------------------------------------------------------------------------------------------------
@@ -3036,7 +3034,7 @@ def run_prediction(config: Config) -> int:
         metrics |= left_out_report(scan) | provenance(config, package_versions(["numpy"]))
         for name in TRAINING_OPTIONS:  # they have no effect
             metrics["settings"].pop(name, None)
-    save_prediction(out, scan, predictions, model.digests, metrics)
+    save_prediction(out, scan.findings, predictions, model.digests, metrics)
     print_prediction(out, len(scan.findings), predictions, metrics, notes)
     return 1 if scan.findings else 0
 
@@ -3189,11 +3187,15 @@ def evaluate_transfer(model: Model, scored: Predictions, notes: list[str]) -> di
 
 
 def save_prediction(
-    out: Path, scan: check_data.Scan, predictions: Predictions, digests: dict[str, str], metrics: dict | None
+    out: Path,
+    findings: list[check_data.Finding],
+    predictions: Predictions,
+    digests: dict[str, str],
+    metrics: dict | None,
 ) -> None:
     """Write the files of a prediction, and remove the scores of an earlier one if there are none now."""
     # predictions.csv is the first to appear: it marks the folder.
-    artifacts = prediction_files(predictions, digests) | {"skipped.csv": skipped_bytes(scan)}
+    artifacts = prediction_files(predictions, digests) | {"skipped.csv": skipped_bytes(findings)}
     if metrics:
         artifacts |= score_files(metrics)
     out.mkdir(parents=True, exist_ok=True)
@@ -3499,7 +3501,6 @@ class FusedUtterance(NamedTuple):
 
     file: str
     canonical: str
-    recording: str
     emotion: str | None
     speaker: str | None
     corpus: str
@@ -3672,7 +3673,7 @@ def fused_utterances(runs: list[Results], aligned: Aligned, label: np.ndarray, s
         arrays, row = runs[first[place]].arrays, aligned.row[first[place], place]
         file, *fields = (str(arrays[field][row]) or None for field in ("id", *GROUPS, "version"))
         emotion = aligned.classes[label[place]] if label[place] >= 0 else None
-        utterances.append(FusedUtterance(file, name, name, emotion, speaker[place] or None, *fields))
+        utterances.append(FusedUtterance(file, name, emotion, speaker[place] or None, *fields))
     return utterances
 
 
@@ -3764,13 +3765,12 @@ def fuse_predictions(config: Config) -> int:
         raise UsageError(f"--out {out} is one of the folders that are fused; choose another")
     check_prediction_folder(out, Path(config.predict), Path(config.predict))
     predictions = fused_predictions(ordered, fusion)
-    empty = check_data.Scan(out)
     scored, notes = choose_scored(config, fusion, predictions)
     metrics = None
     if scored.utterances:
         metrics = evaluate_transfer(fusion, scored, notes) | {"fused": list(fusion.runs)} | fusion_provenance(config)
         metrics["adapted"] = read_json(Path(config.predict) / "metrics.json").get("adapted")
-    save_prediction(out, empty, predictions, fusion.digests, metrics)
+    save_prediction(out, [], predictions, fusion.digests, metrics)
     print_prediction(out, 0, predictions, metrics, notes)
     return 0
 
