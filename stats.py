@@ -976,6 +976,7 @@ LOGIT_WEIGHTS = tuple(0.02 * 1.25**step for step in range(24))  # to choose from
 LOSS_POWER = 4  # how strongly better parts, and better layers, are preferred
 
 
+@np.errstate(over="ignore", invalid="ignore")  # features that are not finite, or overflow, give zeros
 def fit_lda(x: np.ndarray, label: np.ndarray, classes: int) -> tuple[np.ndarray, np.ndarray]:
     """Linear discriminant analysis with shrunken covariance and equal priors, for each of `SHRINKAGES`.
 
