@@ -1733,6 +1733,7 @@ def fit_linear_parts(dataset: Dataset, split: Split, members: Member, fold: int)
     return [fit_linear_part(dataset, mask, untrained) for mask in (*split.train[rows], split.fold != fold)]
 
 
+@np.errstate(over="ignore", invalid="ignore")  # the answers are looked at, see train
 def fit_linear_part(dataset: Dataset, mask, model: Ensemble):
     """`stats.fit_lda` for each layer on the utterances that a mask selects: (L, 7, D / L, C) and (L, 7, C)."""
     chosen = np.flatnonzero(mask)
