@@ -1087,7 +1087,7 @@ def fit_ensemble_weights(
     hidden_share, linear_share = _shares([hidden_loss, chosen.loss])
     hidden_weight = 2 * float(hidden_share) * hidden_weight
     linear_weight = 2 * float(linear_share) * chosen.weight
-    linear_logits = [_add_layers(chosen.layers, seed[:, chosen.shrinkage]) for seed in linear]
+    linear_logits = [np.tensordot(chosen.layers, seed[:, chosen.shrinkage], 1) for seed in linear]
     total = [hidden_weight * one + linear_weight * other for one, other in zip(hidden, linear_logits)]
     _, calibration = _best_weight(total, label, LOGIT_WEIGHTS)
     layers = tuple(chosen.layers.tolist())
@@ -1106,13 +1106,9 @@ def choose_shrinkage(linear: list[np.ndarray], label: list[np.ndarray]) -> Linea
         share = np.ones(1)
         if len(layers) > 1:
             share = _shares([_best_weight(logits, label, weights)[0] for logits in layers])
-        total = [_add_layers(share, logits[:, shrinkage]) for logits in linear]
+        total = [np.tensordot(share, logits[:, shrinkage], 1) for logits in linear]
         candidates.append(LinearWeights(*_best_weight(total, label, weights), shrinkage, share))
     return min(candidates, key=lambda candidate: candidate.loss)
-
-
-def _add_layers(share: np.ndarray, logits: np.ndarray) -> np.ndarray:
-    return np.tensordot(share, logits, 1)
 
 
 def _shares(losses: list[float]) -> np.ndarray:

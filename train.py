@@ -87,10 +87,10 @@ MAX_LENGTH_GROUPS = 6  # in a batch of sequences: more groups mean less padding 
 MAX_BAD_STEPS = 5  # consecutive steps with a loss or gradient that is not finite; then the run ends
 MAX_SAVE_SHARE = 0.01  # of the training time goes into checkpoints; twice that in the first minute
 SAVE_RATE = 2e8  # bytes a second, assumed until the first checkpoint has been timed
-PRIORS = (1, 4, 16)  # to choose from: as many utterances of a speaker count as much as the mean of all speakers
+PRIORS = (1, 4, 16)  # to choose from: weight of the mean of all speakers beside the others, in utterances
 ADAPTATION = "all|[1-9][0-9]{0,5}"  # values of --adapt
 MIN_GAIN = 0.05  # of the validation loss; less is no reason to adapt
-LAYER_RATE = 10  # of the weights of layers, times the learning rate: few steps must move them far enough
+LAYER_RATE = 10  # scale of the layer logits, whose weights must move far in a few hundred steps
 SHARED_KEY = 2**32 - 1  # branch of the random numbers that all members share
 FORWARD_BATCH = 256  # utterances in a product outside training, pooled one by one before
 MIN_VARIANCE = 1e-6  # of a pooled frame sequence, after normalisation: the root of 0 has no gradient
@@ -219,7 +219,7 @@ def parse_config(arguments=None) -> Config:
     words = sys.argv[1:] if arguments is None else list(arguments)
     for place, word in enumerate(words[1:]):
         if words[place] == "--adapt" and not re.fullmatch("all|[0-9]+", word):
-            words[place] = "--adapt=all"  # or argparse would take the DIR behind it for its value
+            words[place] = "--adapt=all"  # or argparse would take the DIR after it for its value
     return Config(**vars(parser.parse_args(words)))
 
 
@@ -274,7 +274,7 @@ def run_training(config: Config) -> int:
 
 
 def default_folder(directory: Path) -> Path:
-    """runs/<name of DIR>; if that holds the run of another DIR of this name, with a digest of the path behind it."""
+    """runs/<name of DIR>; if that holds the run of another DIR of this name, with a digest of the path after it."""
     path = Path("runs") / (directory.resolve().name or "data")
     own = path.with_name(f"{path.name}-{folder_digest(directory)[:6]}")
     if not own.exists() and is_run_of(path, directory):
@@ -622,8 +622,8 @@ def other_utterances(x, utterances: list[emotions.Utterance], most: float = math
         np.add.at(sums, group[original[own]], x[source])
         nothing = np.zeros_like(sums[:1])
         before = np.concatenate([nothing, sums[:-1]]).cumsum(0)
-        behind = np.concatenate([sums[1:], nothing])[::-1].cumsum(0)[::-1]
-        others.mean[own] = (before + behind)[group] / np.maximum(others.count[own], 1)[:, None]
+        after = np.concatenate([sums[1:], nothing])[::-1].cumsum(0)[::-1]
+        others.mean[own] = (before + after)[group] / np.maximum(others.count[own], 1)[:, None]
     return others
 
 
@@ -1636,6 +1636,7 @@ class Ensemble(NamedTuple):
         params = {name: leaf[seed : seed + 1] for name, leaf in self.params.items()}
         return self._replace(params=params)
 
+    @np.errstate(over="ignore")  # `train` refuses answers that are not finite
     def normalise(self, x, others: Others | None = None):
         """Normalise means over frames, (N, D)."""
         return (x - centre(self, others)) / self.scale
@@ -1724,7 +1725,7 @@ def finish_fold(dataset: Dataset, split: Split, fold: int, hidden: Ensemble, lin
 
 
 def fit_linear_parts(dataset: Dataset, split: Split, members: Member, fold: int):
-    """A linear part for the training speakers of each seed, and last one that includes the validation speakers.
+    """A linear part for the training speakers of each seed, and a last one that includes the validation speakers.
 
     They need no trained network.
     """
@@ -1733,7 +1734,6 @@ def fit_linear_parts(dataset: Dataset, split: Split, members: Member, fold: int)
     return [fit_linear_part(dataset, mask, untrained) for mask in (*split.train[rows], split.fold != fold)]
 
 
-@np.errstate(over="ignore", invalid="ignore")  # the answers are looked at, see train
 def fit_linear_part(dataset: Dataset, mask, model: Ensemble):
     """`stats.fit_lda` for each layer on the utterances that a mask selects: (L, 7, D / L, C) and (L, 7, C)."""
     chosen = np.flatnonzero(mask)
@@ -2195,9 +2195,8 @@ def new_table(*columns: str) -> Table:
 
 
 def score_table(metrics) -> Table:
-    table = new_table(
-        "adapted" if metrics.get("adapted") else "measure", "  score", "    95 % interval", " chance", " majority"
-    )
+    head = "adapted" if metrics.get("adapted") else "measure"
+    table = new_table(head, "  score", "    95 % interval", " chance", " majority")
     for row in score_rows(metrics, decimal):
         table.add_row(*row)
     return table
@@ -3014,8 +3013,8 @@ def run_prediction(config: Config) -> int:
     if not is_primary():
         return 0
     model = load_model(run)
-    others = ("layers", "layer", "fresh", "overwrite", "no_compile_cache", "recompute_stats")
-    log_unused(config, "with --predict", (*TRAINING_OPTIONS, *others))
+    unused = ("layers", "layer", "fresh", "overwrite", "no_compile_cache", "recompute_stats")
+    log_unused(config, "with --predict", (*TRAINING_OPTIONS, *unused))
     out = Path(config.out or run / f"predict-{os.path.basename(os.path.realpath(given))}")
     check_prediction_folder(out, given if given.is_dir() else given.parent, run)
     if config.dim not in (None, model.dim):
@@ -3250,7 +3249,8 @@ def load_results(run: Path, scored: bool = True) -> Results:
     if not whole:
         raise UsageError(f"{run}: metrics.json or fusion.npz is damaged, or of another version of train.py")
     if metrics.get("fold_scheme") == TRANSFER:  # not all of them are scored
-        unseen = np.isin(arrays["speaker"], ["", *metrics["speakers"]][not metrics.get("unknown_speakers") :])
+        unknown = [""] if metrics.get("unknown_speakers") else []
+        unseen = np.isin(arrays["speaker"], [*metrics["speakers"], *unknown])
         arrays["label"] = np.where(unseen & (arrays["version"] == ""), arrays["label"], -1)
     return Results(str(run), metrics, arrays)
 
