@@ -97,7 +97,7 @@ MIN_VARIANCE = 1e-6  # of a pooled frame sequence, after normalisation: the root
 MEASURES = ("loss", "gradient_norm", "validation_loss", "validation_ua")  # of an epoch of a member
 HISTORY = dict.fromkeys(MEASURES, np.float32) | {"active": np.bool_, "skipped": np.int32}
 ARTIFACT_VERSION = 6  # of config.json and model.npz
-TRAINING_VERSION = 7  # raised when old checkpoints would continue differently, so that they are refused
+TRAINING_VERSION = 8  # raised when old checkpoints would continue differently, so that they are refused
 MAX_MISTAKES = 10  # in metrics.json and the report
 GROUPS = ("corpus", "gender", "intensity")  # fields of an utterance by which it is scored
 SCORES = {"ua": "UA (mean recall)", "wa": "WA (accuracy)", "macro_f1": "macro F1"}
@@ -144,7 +144,7 @@ class Config(check_data.ScanOptions):
         None, "centre each utterance with the others of its speaker: all, or at most STR", "training", bare="all"
     )
     epochs: int = option(40, "maximum epochs", "training")
-    patience: int = option(10, "early-stopping patience in epochs", "training")
+    patience: int = option(5, "early-stopping patience in epochs", "training")
     batch: int = option(64, "maximum batch size; smaller on small sets, for about 16 steps per epoch", "training")
     pooling: str = option("attentive", "pooling of frame sequences over time", "training", ("attentive", "mean"))
     width: int = option(256, "hidden units", "training")
@@ -1008,7 +1008,8 @@ class StaticConfig(NamedTuple):
     layers: int
     groups: tuple[tuple[int, int], ...]  # of a batch of sequences: rows, and frames each has room for; () for vectors
     steps: int  # batches in an epoch
-    counted: int  # most utterances of a batch that a member counts in its validation
+    trained: int  # most utterances of a batch that a member trains on
+    validated: int  # most utterances of a batch that a member validates on
     mixup: bool  # whether any member uses it
     sequential: bool  # members run one after the other, as on a CPU, where a member's parameters then stay in the cache
 
@@ -1074,10 +1075,15 @@ def gather_batch(static: StaticConfig, data: DeviceData, others: Others | None, 
     return groups
 
 
-def pool(params, member: Member, batch):
-    """One normalised vector for each utterance of a batch: (B, D), (B, 2 D) for sequences, (B, D / L) for layers."""
+def pool(params, member: Member, batch, used=None):
+    """One normalised vector for each utterance of a batch: (B, D), (B, D / L) for layers.
+
+    For sequences (M, 2 D), of the rows in use: frames are read once for all members, but the products of the hidden
+    layer take most of the time, and a member needs them only for its own utterances.
+    """
     if isinstance(batch, list):
-        return jnp.concatenate([attentive_statistics(group, member, params["query"]) for group in batch])
+        pooled = jnp.concatenate([attentive_statistics(group, member, params["query"]) for group in batch])
+        return pooled if used is None else pooled[used]
     x, others = batch
     normalised = (x - centre(member, others)) / member.scale
     if "layers" not in params:
@@ -1177,10 +1183,10 @@ def mix(hyper: Hyperparameters, key, weight, arrays):
 
 def training_loss(params, static: StaticConfig, member: Member, batch, key):
     """Loss of one batch, with the dropout and mixup that follow from `key`."""
-    x, label, weight = batch
+    x, used, label, weight = batch
     # Always split, so that mixup does not change the dropout.
     dropout_key, mixup_key = jax.random.split(key)
-    inputs = pool(params, member, x)
+    inputs = pool(params, member, x, used)
     target = optax.smooth_labels(jax.nn.one_hot(label, static.classes), member.hyper.label_smoothing)
     if static.mixup:
         inputs, target = mix(member.hyper, mixup_key, weight, (inputs, target))
@@ -1192,8 +1198,8 @@ def training_loss(params, static: StaticConfig, member: Member, batch, key):
 def member_step(static: StaticConfig, member: Member, state: State, batch, clock):
     """One update of one member; a step whose loss or gradient is not finite changes nothing but the counters.
 
-    `batch` is features as `gather_batch` gives them, label (B,), and weight (B,), 0 for padding; `clock` the key of the
-    step and the progress from 0 to 1 over all epochs. The measures are 1, loss and gradient norm, or zeros.
+    `batch` is features as `gather_batch` gives them, the rows in use, their label and their weight, 0 for padding, both
+    (M,); see own_rows. `clock` is the key of the step and the progress from 0 to 1 over all epochs. The measures are 1, loss and gradient norm, or zeros.
     """
     key, progress = clock
     loss, gradient = jax.value_and_grad(training_loss)(state.params, static, member, batch, key)
@@ -1242,22 +1248,35 @@ def member_epoch(static: StaticConfig, data: DeviceData, clock, member: Member, 
     order = jnp.argsort(position, 1)[:, : static.steps]  # the rest waits for another epoch
     read = jnp.take_along_axis(table, order, 1).T  # (steps, B)
     own = jnp.take_along_axis(member.train, order, 1).T
+    position = jnp.take_along_axis(position, order, 1).T
+    used, own = own_rows(static, own, position, static.trained)
 
     def step(state, column):
-        number, read, own = column
+        number, read, used, own = column
         label = data.label[own]
         # An index of -1 gathers the last utterance; its weight of 0 keeps it out of every sum.
         weight = jnp.where(own >= 0, member.class_weight[label], 0)
-        batch = gather_batch(static, data, data.others, read), label, weight
+        batch = gather_batch(static, data, data.others, read), used, label, weight
         progress = (epoch + number / static.steps) / static.config.epochs
         return member_step(static, member, state, batch, (jax.random.fold_in(key, number), progress))
 
     numbers = jnp.arange(static.steps)
-    state, measured = lax.scan(step, state, (numbers, read, own))
+    state, measured = lax.scan(step, state, (numbers, read, used, own))
     steps, loss, norm = measured.sum(0)
     steps = jnp.maximum(steps, 1)  # a member that took no step
     measures = loss / steps, norm / steps, *validate(static, data, member, state.params)
     return state, dict(zip(MEASURES, measures))
+
+
+def own_rows(static: StaticConfig, own, position, most: int):
+    """The rows of each batch that a member uses, (steps, M) or None for all, and their utterances, (steps, M).
+
+    Of the utterances in `own`, (steps, B), at most `most`, those with the smallest positions; -1 is padding.
+    """
+    if not static.groups:  # a batch of the member's own
+        return None, own
+    used = jnp.argsort(jnp.where(own < 0, jnp.inf, position), 1)[:, :most]
+    return used, jnp.take_along_axis(own, used, 1)
 
 
 def epoch_key(seed, branch, epoch):
@@ -1270,10 +1289,8 @@ def validate(static: StaticConfig, data: DeviceData, member: Member, params):
     mask = width_mask(static, member.hyper)
 
     def add_batch(total, batch):
-        read, own = batch
-        inputs = pool(params, member, gather_batch(static, data, data.given, read))
-        counted = jnp.argsort(own < 0)[: static.counted]  # few, where all members read one batch
-        inputs, own = inputs[counted], own[counted]
+        read, used, own = batch
+        inputs = pool(params, member, gather_batch(static, data, data.given, read), used)
         logits = static.network.apply({"params": params}, inputs, mask)
         # One-hot of -1 is all zeros; optax's cross-entropy with integer labels would take it for the last class.
         label = jnp.where(own >= 0, data.label[own], -1)
@@ -1283,8 +1300,9 @@ def validate(static: StaticConfig, data: DeviceData, member: Member, params):
         return total + jnp.stack([true.sum(0), loss @ true, correct @ true]), None
 
     read = data.batches if static.groups else member.validation
+    used, own = own_rows(static, member.validation.T, 0.0, static.validated)
     sums = jnp.zeros((3, static.classes))
-    (count, loss, correct), _ = lax.scan(add_batch, sums, (read.T, member.validation.T))
+    (count, loss, correct), _ = lax.scan(add_batch, sums, (read.T, used, own))
     present = (count > 0).sum()
     count = jnp.maximum(count, 1)
     return (loss / count).sum() / present, (correct / count).sum() / present
@@ -1380,7 +1398,8 @@ def set_up(experiment: "Experiment") -> tuple[StaticConfig, DeviceData, Member]:
         layers=dataset.layers,
         groups=groups,
         steps=steps,
-        counted=int((tables[1] >= 0).sum(1).max()),
+        trained=batch,
+        validated=int((tables[1] >= 0).sum(1).max()),
         mixup=any(setting.mixup > 0 for setting in settings),
         sequential=not groups and mesh.devices.flat[0].platform == "cpu",
     )

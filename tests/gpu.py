@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """See all that has to be seen on a GPU, in one command of at most eight minutes.
 
-    python tests/gpu.py [--data DIR:FOLDS ...]
+    python tests/gpu.py [--data DIR:FOLDS ...] [--only PART ...]
     python tests/gpu.py --small
 
 Each part is a process of its own with its own time limit. It prints its rows as soon as they are known, and appends
@@ -95,7 +95,7 @@ def time_training(options: argparse.Namespace) -> Iterator[str]:
     start_device(options)
     copied, size = (1 << 22, 512) if options.small else (1 << 30, 8192)
     bandwidth, rate = copy_rate(copied), bench.matrix_peak(size)
-    yield f"measured: copies {bandwidth / 1e9:.0f} GB/s, float32 products {rate / 1e12:.2f} TFLOP/s"
+    yield f"measured: copies {bandwidth / 1e9:.0f} GB/s, products {rate / 1e12:.2f} TFLOP/s (on a GPU in TF32)"
     for title, given in problems(options):
         whole, bare = median_seconds(bench.prepare_ours(given), options)
         yield f"{title}: {whole:.2f} s, without compilation {bare:.3f} s"
@@ -121,17 +121,19 @@ def time_pytorch(options: argparse.Namespace) -> Iterator[str]:
 
 
 def compare_precision(options: argparse.Namespace) -> Iterator[str]:
-    """Float32 against bfloat16 on the features of --data."""
+    """Float32, whose products jax computes in TF32 on a GPU, bfloat16 and exact float32 on the features of --data."""
     if not options.data:
         yield "skipped: no features were given with --data DIR:FOLDS"
     for number, given in enumerate(options.data):
         directory, _, folds = given.rpartition(":")
         data = bench.link_set(directory, options.folder / f"data-{number}")
-        for precision in ("float32", "bfloat16"):
-            for seed in (0,) if options.small else (0, 1):
+        for precision, products in (("float32", ""), ("bfloat16", ""), ("float32", "highest")):
+            name = f"{precision} {products}".rstrip()
+            for seed in (0,) if options.small or products else (0, 1):
                 arguments = ("--folds", folds, "--precision", precision, "--seed", seed)
-                run = run_train(options, f"{precision}-{number}-{seed}", *arguments, data=data)
-                yield f"{given} {precision}, seed {seed}: UA {run['ua']:.4f} in {run['seconds']} s"
+                variables = {"JAX_DEFAULT_MATMUL_PRECISION": products} if products else {}
+                run = run_train(options, f"{name}-{number}-{seed}", *arguments, data=data, **variables)
+                yield f"{given} {name}, seed {seed}: UA {run['ua']:.4f} in {run['seconds']} s"
 
 
 def train_sequences(options: argparse.Namespace) -> Iterator[str]:
@@ -152,6 +154,17 @@ def train_sequences(options: argparse.Namespace) -> Iterator[str]:
     yield f"peak memory of the host: {kept(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)}"
     statistics = train.jax.devices()[0].memory_stats() or {}
     yield f"peak memory of the device: {kept(statistics.get('peak_bytes_in_use'))}"
+
+
+def train_files(options: argparse.Namespace) -> Iterator[str]:
+    """The whole program on a large set: on the device, again with what it compiled in a cache, and on the CPU."""
+    data, files = options.folder / "files-data", 460 if options.small else 8882
+    bench.write_set(data, files, (bench.DIM,))
+    length = () if options.small else ("--patience", 40)
+    cache = {"JAX_COMPILATION_CACHE_DIR": f"{options.folder}/cache"}
+    for run, variables in (("files", cache), ("files again", cache), ("files on the CPU", {"JAX_PLATFORMS": "cpu"})):
+        metrics = run_train(options, run, *length, data=data, **variables)
+        yield f"{files} {run}: {metrics['seconds']} s on {metrics['device']}"
 
 
 def compare_sweep(options: argparse.Namespace) -> Iterator[str]:
@@ -176,14 +189,15 @@ def train_layers(options: argparse.Namespace) -> Iterator[str]:
 #: The parts, and the seconds that each may take; what one leaves goes to the next.
 PARTS = {
     "device": (show_device, 25),
-    "first run": (first_run, 40),
-    "same seed": (same_seed, 45),
-    "kill": (kill_and_resume, 45),
-    "training": (time_training, 70),
+    "first run": (first_run, 25),
+    "same seed": (same_seed, 30),
+    "kill": (kill_and_resume, 35),
+    "training": (time_training, 60),
     "pytorch": (time_pytorch, 65),
-    "precision": (compare_precision, 65),
-    "sequences": (train_sequences, 70),
-    "sweep": (compare_sweep, 25),
+    "precision": (compare_precision, 105),
+    "sequences": (train_sequences, 40),
+    "files": (train_files, 50),
+    "sweep": (compare_sweep, 20),
     "layers": (train_layers, 25),
 }
 
@@ -319,6 +333,7 @@ def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--small", action="store_true", help="every part in a size for a CPU")
     parser.add_argument("--data", nargs="+", default=[], metavar="DIR:FOLDS", help="real features and their --folds")
+    parser.add_argument("--only", nargs="+", choices=PARTS, metavar="PART", help=f"of {', '.join(PARTS)}")
     parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -341,8 +356,8 @@ def main() -> int:
             os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
             os.environ.setdefault("OMP_NUM_THREADS", "1")
         went_well, limit = True, time.monotonic()
-        for part, (_, seconds) in PARTS.items():
-            limit += seconds
+        for part in options.only or PARTS:
+            limit += PARTS[part][1]
             went_well &= run_part(part, limit - time.monotonic(), folder)
     return 0 if went_well else 1
 

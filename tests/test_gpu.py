@@ -48,6 +48,7 @@ def test_every_part_runs_on_a_cpu(tmp_path):
         ("precision", "skipped: no features were given"),
         ("sequences", "s an epoch"),
         ("sequences", "within 16 GB"),
+        ("files", "460 files on the CPU: "),
         ("sweep", "2 runs"),
         ("layers", "8 layers of the sample in"),
     ]:
@@ -77,8 +78,8 @@ def test_a_part_that_takes_too_long_is_cut_off(rows):
 def test_the_precisions_are_compared_on_every_set_and_seed(tmp_path, monkeypatch):
     runs = []
 
-    def run_train(options, run, *arguments, data):
-        runs.append((run, data.name, *arguments[1::2]))
+    def run_train(options, run, *arguments, data, **variables):
+        runs.append((run, data.name, *arguments[1::2], *variables.values()))
         return {"ua": 0.5, "seconds": 1.0}
 
     monkeypatch.setattr(gpu, "run_train", run_train)
@@ -86,9 +87,10 @@ def test_the_precisions_are_compared_on_every_set_and_seed(tmp_path, monkeypatch
     data = [f"{tmp_path}/set:5", f"{tmp_path}/set:emobox-ravdess"]
     options = argparse.Namespace(data=data, folder=tmp_path, small=False)
     rows = list(gpu.compare_precision(options))
-    assert len(rows) == len(set(runs)) == 8
-    assert rows[-1] == f"{data[1]} bfloat16, seed 1: UA 0.5000 in 1.0 s"
-    assert runs[-1] == ("bfloat16-1-1", "data-1", "emobox-ravdess", "bfloat16", 1)
+    assert len(rows) == len(set(runs)) == 10
+    assert rows[-2] == f"{data[1]} bfloat16, seed 1: UA 0.5000 in 1.0 s"
+    assert runs[-2] == ("bfloat16-1-1", "data-1", "emobox-ravdess", "bfloat16", 1)
+    assert runs[-1] == ("float32 highest-1-0", "data-1", "emobox-ravdess", "float32", 0, "highest")
 
 
 def test_where_no_gpu_can_be_used_nothing_but_the_small_size_runs(monkeypatch):

@@ -158,7 +158,7 @@ def pooling_of(sequences, spare=0, after=0.0):
     order = np.append(np.argsort(length, kind="stable"), -1)
     data = train.jax.device_put(train.device_data(dataset, order[:, None]))
     groups = tuple((rows, longest + spare) for rows, longest in train.length_groups(order[:, None], dataset))
-    static = train.StaticConfig(None, None, None, 1, 1, groups, 1, 1, False, False)
+    static = train.StaticConfig(None, None, None, 1, 1, groups, 1, 1, 1, False, False)
     member = train.Member(0, 0, None, None, np.float32(6), np.full(dim, 2, np.float32), None, None, None)
 
     def pooled(query):
@@ -305,7 +305,7 @@ def test_the_width_mask_selects_the_first_units(population):
 def test_units_that_are_not_in_use_change_neither_loss_nor_gradient_nor_validation(population):
     jax, static, data = population.jax, population.static, population.data
     member = population.member(0, width=np.float32(5))
-    batch = (population.dataset.x[:20], None), population.dataset.label[:20], np.ones(20, np.float32)
+    batch = (population.dataset.x[:20], None), None, population.dataset.label[:20], np.ones(20, np.float32)
     results = []
 
     @jax.jit
@@ -369,7 +369,7 @@ def test_the_loss_of_a_batch_with_mixup_is_that_of_the_mixed_batch(population):
     member = population.member(0, mixup=np.float32(0.4), dropout=np.float32(0), label_smoothing=np.float32(0.2))
     params = population.first_state(member).params
     x, label, weight = population.dataset.x[:20], population.dataset.label[:20], np.arange(20, dtype=np.float32)
-    batch = (x, None), label, weight
+    batch = (x, None), None, label, weight
 
     def loss(mixup):
         static = population.static._replace(mixup=mixup)

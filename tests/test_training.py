@@ -20,12 +20,12 @@ import train
 
 
 def step_of(population, config=SMALL):
-    """`member_step`, compiled; and a batch of vectors, ((x, None), label, weight), whose last three are padding."""
+    """`member_step`, compiled; and a batch of vectors, ((x, None), None, label, weight), whose last three are padding."""
     static = population.static._replace(config=config)
     member = population.member(0)
     x, label = population.dataset.x[:20], population.dataset.label[:20]
     weight = member.class_weight[label] * (np.arange(20) < 17)
-    return population.jax.jit(functools.partial(train.member_step, static)), ((x, None), label, weight)
+    return population.jax.jit(functools.partial(train.member_step, static)), ((x, None), None, label, weight)
 
 
 def test_a_step_is_clipped_adamw_on_the_weighted_smoothed_loss(population):
@@ -40,7 +40,7 @@ def test_a_step_is_clipped_adamw_on_the_weighted_smoothed_loss(population):
         weight_decay=np.float32(decay),
         learning_rate=np.float32(peak),
     )
-    (x, _), label, weight = batch
+    (x, _), _, label, weight = batch
 
     def loss_by_hand(params):
         hidden = (x - member.mean) / member.scale @ params["Dense_0"]["kernel"] + params["Dense_0"]["bias"]
@@ -72,7 +72,7 @@ def test_a_step_is_clipped_adamw_on_the_weighted_smoothed_loss(population):
 
 def spoiled(population, batch, fault):
     """A member and a batch whose loss is NaN, or whose gradient overflows while the loss is finite."""
-    member, ((x, _), label, weight) = population.member(0), batch
+    member, ((x, _), _, label, weight) = population.member(0), batch
     state = population.first_state(member)
     x = x.copy()
     if fault == "NaN":
@@ -80,7 +80,7 @@ def spoiled(population, batch, fault):
     else:
         x[:, 5] = 1e30
         state.params["Dense_0"]["kernel"][5] = 0
-    return member, state, ((x, None), label, weight)
+    return member, state, ((x, None), None, label, weight)
 
 
 @pytest.mark.parametrize("fault", ["NaN", "overflow"])
@@ -113,9 +113,9 @@ def test_a_run_of_bad_steps_that_ends_training_is_not_forgotten(population):
 
 def test_a_batch_of_common_classes_alone_counts(population):
     """Class weights below 1 may sum to less than 1."""
-    step, (x, label, weight) = step_of(population)
+    step, (*batch, weight) = step_of(population)
     member = population.member(0)
-    _, (worked, _, _) = step(member, population.first_state(member), (x, label, weight / 100), (population.key, 0.0))
+    _, (worked, _, _) = step(member, population.first_state(member), (*batch, weight / 100), (population.key, 0.0))
     assert worked == 1
 
 
@@ -129,7 +129,7 @@ def test_a_member_that_has_stopped_or_has_only_padding_does_not_work(population,
     if idle == "stopped":
         state = state._replace(active=np.bool_(False))
     else:
-        batch = (*batch[:2], np.zeros_like(batch[2]))
+        batch = (*batch[:-1], np.zeros_like(batch[-1]))
     state = state._replace(bad_steps=np.int32(3))
     after, measured = step(member, state, batch, (population.key, 0.0))
     population.assert_equal(after, state)
@@ -138,13 +138,13 @@ def test_a_member_that_has_stopped_or_has_only_padding_does_not_work(population,
 
 def test_padding_changes_no_step(population):
     """Whatever features and labels the padding has."""
-    step, ((x, _), label, weight) = step_of(population)
+    step, ((x, _), _, label, weight) = step_of(population)
     member, after = population.member(0), []
     for filler in (0.0, 1e6):
         x = x.copy()
         x[17:] = filler
         state = population.first_state(member)
-        after.append(step(member, state, ((x, None), label, weight), (population.key, 0.0)))
+        after.append(step(member, state, ((x, None), None, label, weight), (population.key, 0.0)))
     population.assert_equal(*after)
 
 
@@ -171,12 +171,14 @@ class Epochs:
         self.program = population.jax.jit(lambda *arguments: train.member_epoch(self.static, *arguments))
 
     def step(self, static, member, state, batch, clock):
-        key = train.jax.random.key_data(clock[0])
-        train.jax.debug.callback(lambda *values: self.seen.append(values), *batch, key, clock[1], ordered=True)
+        key, (read, used, label, weight) = train.jax.random.key_data(clock[0]), batch
+        own = read if used is None else read[used]
+        values = own, label, weight, key, clock[1], read
+        train.jax.debug.callback(lambda *values: self.seen.append(values), *values, ordered=True)
         return state, train.jnp.array([1.0, 2.0, 3.0])
 
     def batches(self, row, epoch, seed=0):
-        """Utterances, labels and weights (steps, B), keys and progress (steps,) of an epoch."""
+        """Utterances, labels and weights (steps, M), keys and progress (steps,), and what is read (steps, B)."""
         self.seen.clear()
         member = self.population.member(row)
         state = self.population.first_state(member)
@@ -198,7 +200,7 @@ def sequence_epochs(sequence_population, monkeypatch):
 
 def test_an_epoch_trains_on_each_training_utterance_once(epochs, population):
     own = np.flatnonzero(population.split.train[2])
-    read, label, weight, keys, progress = epochs.batches(2, epoch=1)
+    read, label, weight, keys, progress, _ = epochs.batches(2, epoch=1)
     steps = population.static.steps
     assert len(read) == steps
     counted = weight > 0
@@ -247,17 +249,35 @@ def test_each_member_has_random_numbers_of_its_own(kind, request):
 
 def test_all_members_read_the_same_batches_of_sequences_and_train_on_their_own(sequence_epochs, sequence_population):
     split, dataset = sequence_population.split, sequence_population.dataset
-    read = []
+    most = sequence_population.static.trained
+    both = []
     for row in (0, 5):
-        utterances, label, weight, *_ = sequence_epochs.batches(row, epoch=2)
-        read.append(utterances)
-        assert sorted(utterances[utterances >= 0]) == list(range(len(dataset.label)))
-        assert sorted(utterances[weight > 0]) == np.flatnonzero(split.train[row]).tolist()
-        own = weight > 0
-        np.testing.assert_array_equal(label[own], dataset.label[utterances[own]])
-        expected = sequence_population.members.class_weight[row][label[own]]
-        np.testing.assert_array_equal(weight[own], expected)
-    np.testing.assert_array_equal(*read)
+        utterances, label, weight, _, _, read = sequence_epochs.batches(row, epoch=2)
+        both.append(read)
+        assert sorted(read[read >= 0]) == list(range(len(dataset.label)))
+        for here, chosen in zip(read, (batch[used] for batch, used in zip(utterances, weight > 0)), strict=True):
+            own = set(here[here >= 0]) & set(np.flatnonzero(split.train[row]))
+            assert set(chosen) <= own
+            assert len(set(chosen)) == len(chosen) == min(len(own), most)
+        used = weight > 0
+        np.testing.assert_array_equal(label[used], dataset.label[utterances[used]])
+        expected = sequence_population.members.class_weight[row][label[used]]
+        np.testing.assert_array_equal(weight[used], expected)
+    np.testing.assert_array_equal(*both)
+
+
+def test_a_member_with_more_sequences_than_a_batch_has_room_for_leaves_out_others_each_time(sequence_epochs):
+    split = sequence_epochs.population.split
+    own = np.flatnonzero(split.train[0])
+    sequence_epochs.static = sequence_epochs.static._replace(trained=4)
+    seen = []
+    for epoch in range(12):
+        utterances, _, weight, *_ = sequence_epochs.batches(0, epoch)
+        assert weight.shape[1] == 4
+        seen.append(set(utterances[weight > 0]))
+        assert len(seen[-1]) < len(own)
+    assert seen[0] != seen[1]
+    assert set().union(*seen) == set(own)  # whatever their lengths: rows of a batch are in the order of lengths
 
 
 # --- validation and the choice of the best epoch ---
