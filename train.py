@@ -65,7 +65,7 @@ except ImportError:  # Windows
     fcntl = None
 
 import numpy as np
-from rich.cells import cell_len
+from rich.cells import cell_len, set_cell_size
 from rich.console import Console, Group
 from rich.live import Live
 from rich.progress_bar import ProgressBar
@@ -191,14 +191,10 @@ class Config(check_data.ScanOptions):
         require(0 <= self.seed < 2**32, "seed", "from 0 to 4294967295")
 
 
+OPTION_GROUPS = {field.name: field.metadata["group"] for field in dataclasses.fields(Config)[1:]}  # of all but DIR
+TRAINING_OPTIONS = [name for name, group in OPTION_GROUPS.items() if group in ("split", "training")]
 #: Options on which the results of a run do not depend.
-HARMLESS = (
-    *("directory", "out", "predict", "new_speakers", "compare", "fuse", "format", "fresh", "overwrite"),
-    *("no_compile_cache", "recompute_stats", "require_gpu"),
-)
-TRAINING_OPTIONS = [
-    field.name for field in dataclasses.fields(Config)[1:] if field.metadata["group"] in ("split", "training")
-]
+HARMLESS = {"directory", "require_gpu", *(name for name, group in OPTION_GROUPS.items() if group == "output")}
 DETAILS = """
 examples:
   python train.py DIR                          train; results in runs/<name of DIR>
@@ -231,7 +227,7 @@ def log_unused(config: Config, reason: str, names: Iterable[str]) -> None:
 
 
 def all_options_but(*names: str) -> list[str]:
-    return [field.name for field in dataclasses.fields(Config)[1:] if field.name not in names]
+    return [name for name in OPTION_GROUPS if name not in names]
 
 
 def set_options(config: Config) -> dict:
@@ -385,8 +381,8 @@ def scan_features(config: Config, run: Path) -> check_data.Scan:
     scan = check_data.scan(config, keep_features=True, progress=log_scan_progress())
     for line in (*check_data.findings_report(scan), *check_data.summary(scan)):
         log.info(line)
-    for blocker in check_data.blockers(scan):
-        raise UsageError(blocker)
+    if blockers := check_data.blockers(scan):
+        raise UsageError(blockers[0])
     return scan
 
 
@@ -1199,7 +1195,8 @@ def member_step(static: StaticConfig, member: Member, state: State, batch, clock
     """One update of one member; a step whose loss or gradient is not finite changes nothing but the counters.
 
     `batch` is features as `gather_batch` gives them, the rows in use, their label and their weight, 0 for padding, both
-    (M,); see own_rows. `clock` is the key of the step and the progress from 0 to 1 over all epochs. The measures are 1, loss and gradient norm, or zeros.
+    (M,); see own_rows. `clock` is the key of the step and the progress from 0 to 1 over all epochs. The measures are 1,
+    loss and gradient norm, or zeros.
     """
     key, progress = clock
     loss, gradient = jax.value_and_grad(training_loss)(state.params, static, member, batch, key)
@@ -1816,13 +1813,13 @@ class Predictions(NamedTuple):
 class Trained(NamedTuple):
     """The outcome of training.
 
-    `ensembles` are the finished models of each fold, then the final ones; `answers` has, for each scored utterance, the
-    answer of models that never saw its speaker. `best_epoch` and `skipped` have shape ((K + 1) S,). `choices` has what
-    the validation speakers of each fold chose, `sweep` the validation loss of each setting.
+    `ensembles` are the finished models of each fold, then the final ones; `predictions` has, for each scored utterance,
+    the answer of models that never saw its speaker. `best_epoch` and `skipped` have shape ((K + 1) S,). `choices` has
+    what the validation speakers of each fold chose, `sweep` the validation loss of each setting.
     """
 
     ensembles: tuple[Ensemble, ...]
-    answers: Answers
+    predictions: Predictions
     best_epoch: np.ndarray
     skipped: np.ndarray
     history: list[dict]
@@ -1859,13 +1856,13 @@ def train(experiment: Experiment, run: "RunFolder | None" = None) -> Trained:
     finally:
         executor.shutdown(cancel_futures=True)
     choices = choices_by_fold(chosen, ensembles, weights, settings)
-    answers = answer_tests(dataset, split, ensembles, weights)
-    if not np.isfinite(answers.logits).all():
+    predictions = answer_tests(dataset, split, ensembles, weights)
+    if not np.isfinite(predictions.answers.logits).all():
         raise TrainingError(
             "the features of an utterance are so large that the network overflows; check them with check_data.py"
         )
     history = history_rows(progress.history, split)
-    return Trained(ensembles, answers, state.best_epoch[rows], state.skipped[rows], history, choices, sweep)
+    return Trained(ensembles, predictions, state.best_epoch[rows], state.skipped[rows], history, choices, sweep)
 
 
 def choices_by_fold(chosen, ensembles, weights, settings) -> list[dict]:
@@ -1883,15 +1880,18 @@ def choices_by_fold(chosen, ensembles, weights, settings) -> list[dict]:
     return choices
 
 
-def answer_tests(dataset: Dataset, split: Split, ensembles, weights) -> Answers:
-    """The answers for each scored utterance of the models of the fold that tests it, which never saw its speaker."""
-    order = np.argsort(split.fold[split.scored], kind="stable")  # fold by fold
-    answers = []
+def answer_tests(dataset: Dataset, split: Split, ensembles, weights) -> Predictions:
+    """What the models of the fold that tests it, which never saw its speaker, answer for each scored utterance."""
+    places, parts = [], []
     for fold in range(split.folds):
         tested = np.flatnonzero(split.scored & (split.fold == fold))
         given = dataset.given and dataset.given.of(tested)
-        answers.append(Answers.of(ensembles[fold], weights[fold].temperature, dataset.features(tested), given))
-    return Answers(*(np.concatenate(parts)[np.argsort(order)] for parts in zip(*answers)))
+        parts.append(Answers.of(ensembles[fold], weights[fold].temperature, dataset.features(tested), given))
+        places.append(tested)
+    order = np.argsort(np.concatenate(places))  # of the files, instead of fold by fold
+    answers = Answers(*(np.concatenate(part)[order] for part in zip(*parts)))
+    utterances = list(itertools.compress(dataset.utterances, split.scored))
+    return Predictions(utterances, dataset.classes, answers, split.fold[split.scored], split.speaker[split.scored])
 
 
 def choose_settings(best_loss, split: Split, settings):
@@ -1936,10 +1936,11 @@ def evaluate(predictions: Predictions, scheme: str, independent: bool, statistic
     uncalibrated = stats.probabilities(answers.logits * answers.temperature[:, None])
     if len(metrics["speakers"]) < stats.FEW_SPEAKERS:
         notes = [*notes, f"with fewer than {stats.FEW_SPEAKERS} speakers the intervals are unreliable"]
-    known = {utterance.speaker for utterance in utterances} - {None} if independent else set()
-    metrics["speakers"] = {name: scores for name, scores in metrics["speakers"].items() if name in known}
+    known = {utterance.speaker for utterance in utterances} - {None}
+    by_speaker = metrics["speakers"] if independent else {}
+    metrics["speakers"] = {name: scores for name, scores in by_speaker.items() if name in known}
     return metrics | {
-        "n_speakers": len({utterance.speaker for utterance in utterances} - {None}),
+        "n_speakers": len(known),
         "speaker_independent": independent,
         "fold_scheme": scheme,
         "statistics": statistics,
@@ -1959,7 +1960,7 @@ def evaluate_run(experiment: Experiment, trained: Trained) -> dict:
     if config.adapt and plain:
         found = f"no adaptation in {check_data.counted(plain, 'fold')} of {split.folds}"
         notes.append(f"{found}: it did not help the validation speakers")
-    metrics = evaluate(out_of_fold(experiment, trained), split.scheme, split.independent, statistics, notes)
+    metrics = evaluate(trained.predictions, split.scheme, split.independent, statistics, notes)
     metrics["folds"] = [fold_report(split, fold, trained) | scores for fold, scores in enumerate(metrics["folds"])]
     if trained.sweep:
         metrics["sweep"] = trained.sweep
@@ -1975,14 +1976,6 @@ def layer_report(trained: Trained) -> list[dict]:
     columns = {"hidden": hidden.mean(0), "low": hidden.min(0), "high": hidden.max(0), "linear": linear.mean(0)}
     rows = zip(*(values.tolist() for values in columns.values()))
     return [{"layer": layer} | dict(zip(columns, row)) for layer, row in enumerate(rows)]
-
-
-def out_of_fold(experiment: Experiment, trained: Trained) -> Predictions:
-    """The answers for the utterances that are scored."""
-    _, dataset, split, _ = experiment
-    scored = split.scored
-    utterances = list(itertools.compress(dataset.utterances, scored))
-    return Predictions(utterances, dataset.classes, trained.answers, split.fold[scored], split.speaker[scored])
 
 
 def fold_report(split: Split, fold: int, trained: Trained):
@@ -2062,7 +2055,7 @@ def save_run(run: "RunFolder", scan: check_data.Scan, experiment: Experiment, tr
         **stats.pair_bytes(statistics, experiment.dataset.layers),
         "model.npz": model,
     }
-    artifacts |= prediction_files(out_of_fold(experiment, trained), digests)
+    artifacts |= prediction_files(trained.predictions, digests)
     # metrics.json is renamed last: it marks a complete run.
     artifacts |= score_files(metrics | {"model": digests["model"]})
     run.path.mkdir(parents=True, exist_ok=True)  # it may have been moved away meanwhile
@@ -2823,7 +2816,7 @@ def differences(here: dict, there: dict, run: str) -> list[str]:
             shown = [f"{name} is {ours.get(name)} here, {theirs.get(name)} in {run}" for name in names[:3]]
             if part == "data":  # digests mean nothing to a reader
                 shown = [f"other {n}" if isinstance(ours.get(n), str) else text for n, text in zip(names, shown)]
-            return shown + [f"{len(names) - 3} more"] * (len(names) > 3)
+            return [*shown, f"{len(names) - 3} more"] if len(names) > 3 else shown
     return []
 
 
@@ -3201,8 +3194,8 @@ def evaluate_transfer(model: Model, scored: Predictions, notes: list[str]) -> di
     if absent := [name for name in scored.classes if name not in labels]:
         notes.append(f"no scored file is {', '.join(absent)}, but answers may be; --classes leaves classes out")
     metrics = evaluate(scored, TRANSFER, True, "of the model's training data", notes)
-    metrics |= {"trained_on": list(model.corpora), "unknown_speakers": unknown}
-    return metrics | {"model": model.digests["model"]}
+    origin = {"trained_on": list(model.corpora), "model": model.digests["model"]}
+    return metrics | origin | {"unknown_speakers": unknown}
 
 
 def save_prediction(
@@ -3313,6 +3306,7 @@ class Aligned(NamedTuple):
     probability.
     """
 
+    runs: list[Results]
     utterance: np.ndarray  # (N,)
     classes: tuple[str, ...]
     probability: np.ndarray  # (R, N, C); 0 where it is not known
@@ -3356,7 +3350,7 @@ def align(runs: list[Results]) -> Aligned:
         speaker[number, place] = arrays["speaker"][order].tolist()
     files = probability.sum(-1, keepdims=True)
     probability = probability / np.where(files > 0, files, 1)
-    return Aligned(utterance, tuple(classes), probability, known, row, label, speaker, fold)
+    return Aligned(runs, utterance, tuple(classes), probability, known, row, label, speaker, fold)
 
 
 def run_comparison(config: Config) -> int:
@@ -3368,7 +3362,7 @@ def run_comparison(config: Config) -> int:
     for other in others:
         aligned = align([first, other])
         differences.append({"run": other.name} | run_differences(aligned))
-        notes += comparison_notes(first, other, aligned)
+        notes += comparison_notes(aligned)
     if any(0 < found["n_speakers"] < stats.FEW_SPEAKERS for found in differences):
         notes.append(f"with fewer than {stats.FEW_SPEAKERS} speakers the intervals are unreliable")
     if config.format == "json":
@@ -3409,8 +3403,9 @@ def run_differences(aligned: Aligned) -> dict:
     return {"n_utterances": len(shared), "n_speakers": len(known)} | differences
 
 
-def comparison_notes(first: Results, other: Results, aligned: Aligned) -> list[str]:
+def comparison_notes(aligned: Aligned) -> list[str]:
     """What makes the scores of two runs differ besides their features and models."""
+    first, other = aligned.runs
     notes, metrics = [], (first.metrics, other.metrics)
 
     def add(kind: str, details: Iterable) -> None:
@@ -3484,11 +3479,7 @@ def format_table(rows: list[list[str]], form: str | None) -> str:
         rows.insert(1, ["---", *["---:"] * numbers])
         return "\n".join(f"| {' | '.join(row)} |" for row in rows)
     widths = [max(map(cell_len, column)) for column in zip(*rows)]
-    return "\n".join("  ".join(map(pad_cell, row, widths)).rstrip() for row in rows)
-
-
-def pad_cell(text: str, width: int) -> str:
-    return text + " " * (width - cell_len(text))
+    return "\n".join("  ".join(map(set_cell_size, row, widths)).rstrip() for row in rows)
 
 
 def escape_markdown(text: str) -> str:
@@ -3496,20 +3487,23 @@ def escape_markdown(text: str) -> str:
 
 
 def escape_latex(text: str) -> str:
-    return "".join(LATEX_SPECIALS.get(character, character) for character in printable(text))
+    return printable(text).translate(LATEX_SPECIALS)
 
 
 #: What LaTeX does not print as it is. Behind the end of a row, it would take * and [ for options of the line break.
-LATEX_SPECIALS = {character: f"\\{character}" for character in "{}$&#_%"} | {
-    "\\": r"\textbackslash{}",
-    "^": r"\textasciicircum{}",
-    "~": r"\textasciitilde{}",
-    "<": r"\textless{}",
-    ">": r"\textgreater{}",
-    "|": r"\textbar{}",
-    "[": "{[}",
-    "*": "{*}",
-}
+LATEX_SPECIALS = str.maketrans(
+    {character: f"\\{character}" for character in "{}$&#_%"}
+    | {
+        "\\": r"\textbackslash{}",
+        "^": r"\textasciicircum{}",
+        "~": r"\textasciitilde{}",
+        "<": r"\textless{}",
+        ">": r"\textgreater{}",
+        "|": r"\textbar{}",
+        "[": "{[}",
+        "*": "{*}",
+    }
+)
 ESCAPES = {None: printable, "markdown": escape_markdown, "latex": escape_latex}
 
 
@@ -3548,10 +3542,6 @@ class Fusion(NamedTuple):
         text = json.dumps([self.classes, self.models, self.weights, self.temperature])
         return {"statistics": "", "model": hashlib.sha256(text.encode()).hexdigest()}
 
-    @property
-    def chosen(self) -> stats.FusionWeights:
-        return stats.FusionWeights(np.array(self.weights), self.temperature)
-
 
 def run_fusion(config: Config) -> int:
     """Fuse the out-of-fold answers of some runs, and save and show the results like those of a run."""
@@ -3580,27 +3570,26 @@ def fusion_provenance(config: Config) -> dict:
 
 def fuse_runs(runs: list[Results]) -> tuple[Predictions, stats.FusionWeights, dict]:
     """Fuse the answers of some runs for their test speakers: the answers, the weights for new files, and the scores."""
-    aligned, names = align(runs), [run.name for run in runs]
-    label, speaker = agreed(aligned, names)
+    aligned = align(runs)
+    label, speaker = agreed(aligned)
     independent = all(run.metrics.get("speaker_independent") for run in runs)
     # Where speakers are not known, each utterance counts as its own.
     group = np.where(independent & (speaker != ""), speaker, aligned.utterance)
-    fold = common_folds(aligned, group, names)
+    fold = common_folds(aligned, group)
     answers, chosen = fuse_folds(aligned, label, group, fold)
-    utterances = fused_utterances(runs, aligned, label, speaker)
+    utterances = fused_utterances(aligned, label, speaker)
     predictions = Predictions(utterances, aligned.classes, answers, fold, group)
     scheme = ", ".join(dict.fromkeys(run.metrics["fold_scheme"] for run in runs))
-    notes = fusion_notes(names, aligned, chosen[-1])
+    notes = fusion_notes(aligned, chosen[-1])
     metrics = evaluate(predictions, scheme, independent, "those of the fused runs", notes)
     for number, (scores, weights) in enumerate(zip(metrics["folds"], chosen)):
         tested = fold == number
         scores |= {"fold": number + 1, "test": sorted(set(group[tested])), "n_test": int(tested.sum())}
         scores |= {"weights": weights.weights.tolist(), "temperature": weights.temperature}
     adaptation = [run.metrics.get("adapted") for run in runs]
-    if any(adaptation):
-        metrics["adapted"] = max(filter(None, adaptation), key=most_others)
+    metrics["adapted"] = max(filter(None, adaptation), key=most_others, default=None)
     if len(set(adaptation)) > 1:
-        details = ", ".join(f"{name}: {each or 'none'}" for name, each in zip(names, adaptation))
+        details = ", ".join(f"{run.name}: {each or 'none'}" for run, each in zip(runs, adaptation))
         metrics["notes"].append(f"the runs are adapted differently ({details})")
     return predictions, chosen[-1], metrics
 
@@ -3617,8 +3606,8 @@ def fuse_folds(
     chosen = []
     for current in range(fold.max() + 2):  # the last one tests nobody
         tested = fold == current
-        others = probability[:, ~tested], present[:, ~tested]
-        weights = stats.fit_fusion(*others, label[~tested], group[~tested])
+        used = ~tested
+        weights = stats.fit_fusion(probability[:, used], present[:, used], label[used], group[used])
         logits[tested] = weights.mean(probability[:, tested], present[:, tested])
         temperature[tested] = weights.temperatures(present[:, tested])
         chosen.append(weights)
@@ -3630,33 +3619,35 @@ def fused_answers(mean: np.ndarray, temperature: np.ndarray) -> Answers:
     return Answers(mean / temperature[:, None], temperature, np.zeros((len(mean), 0)))
 
 
-def agreed(aligned: Aligned, names: list[str]) -> tuple[np.ndarray, np.ndarray]:
+def agreed(aligned: Aligned) -> tuple[np.ndarray, np.ndarray]:
     """Label and speaker of each utterance, (N,), where known; a UsageError names one on which runs disagree.
 
     It is raised, too, for a run that has no utterance in common with the others.
     """
     present = aligned.present
-    for name, own in zip(names, present):
+    for run, own in zip(aligned.runs, present):
         if not (own & (present.sum(0) > 1)).any():
             example, other = aligned.utterance[own][0], aligned.utterance[~own][0]
-            raise UsageError(f"{name} has no utterance in common with the others: it has {example}, they have {other}")
+            found = f"{run.name} has no utterance in common with the others"
+            raise UsageError(f"{found}: it has {example}, they have {other}")
     found = []
     for values, missing in ((aligned.label, -1), (aligned.speaker, "")):
         best = values.max(0)  # what is missing is smaller than anything else
         different = (values != best) & (values != missing)
         if different.any():
-            run, place = np.argwhere(different)[0]
+            row, place = np.argwhere(different)[0]
             other = int(np.argmax(values[:, place] == best[place]))
-            pair = values[run, place], best[place]
+            pair = values[row, place], best[place]
             one, two = pair if missing == "" else (aligned.classes[label] for label in pair)
             count = check_data.counted(int(different.any(0).sum()), "utterance")
-            details = f"{aligned.utterance[place]} is {one} in {names[run]}, {two} in {names[other]}"
+            first, second = aligned.runs[row].name, aligned.runs[other].name
+            details = f"{aligned.utterance[place]} is {one} in {first}, {two} in {second}"
             raise UsageError(f"the runs disagree on {count}: {details}; use the same labels and --merge for both")
         found.append(best)
     return found[0], found[1]
 
 
-def common_folds(aligned: Aligned, group: np.ndarray, names: list[str]) -> np.ndarray:
+def common_folds(aligned: Aligned, group: np.ndarray) -> np.ndarray:
     """The fold that tests each utterance, from 0, shape (N,); `group`, (N,), is its speaker.
 
     The folds of all runs must divide the speakers alike, however they are numbered: then no run has trained on a test
@@ -3664,6 +3655,7 @@ def common_folds(aligned: Aligned, group: np.ndarray, names: list[str]) -> np.nd
     it gets a new one. A UsageError names a speaker who is on different sides.
     """
     common: dict[str, int] = {}  # fold by speaker
+    names = [run.name for run in aligned.runs]
     for fold, name in zip(aligned.fold, names):
         tested = fold > 0
         if len(set(fold[tested])) < 2:
@@ -3686,19 +3678,20 @@ def common_folds(aligned: Aligned, group: np.ndarray, names: list[str]) -> np.nd
     return stats.numbered([common[speaker] for speaker in group])  # no fold without an utterance
 
 
-def fused_utterances(runs: list[Results], aligned: Aligned, label: np.ndarray, speaker: np.ndarray):
+def fused_utterances(aligned: Aligned, label: np.ndarray, speaker: np.ndarray):
     """The utterances of a fusion; all but label and speaker is from the first run that has them."""
     utterances, first = [], aligned.present.argmax(0)
     for place, name in enumerate(aligned.utterance.tolist()):
-        arrays, row = runs[first[place]].arrays, aligned.row[first[place], place]
+        arrays, row = aligned.runs[first[place]].arrays, aligned.row[first[place], place]
         file, *fields = (str(arrays[field][row]) or None for field in ("id", *GROUPS, "version"))
         emotion = aligned.classes[label[place]] if label[place] >= 0 else None
         utterances.append(FusedUtterance(file, name, emotion, speaker[place] or None, *fields))
     return utterances
 
 
-def fusion_notes(names: list[str], aligned: Aligned, weights: stats.FusionWeights) -> list[str]:
+def fusion_notes(aligned: Aligned, weights: stats.FusionWeights) -> list[str]:
     """Notes on the weights, and on utterances and classes that some of the runs lack."""
+    names = [run.name for run in aligned.runs]
     shares = ", ".join(f"{name} {weight:.2f}" for name, weight in zip(names, weights.weights))
     notes = [f"weights for new files: {shares}; those of each fold were chosen on the other folds"]
     total = len(aligned.utterance)
@@ -3798,11 +3791,11 @@ def fuse_predictions(config: Config) -> int:
 def fused_predictions(runs: list[Results], fusion: Fusion) -> Predictions:
     """The answers of a fusion for the files that its runs have labelled."""
     aligned = align(runs)
-    label, speaker = agreed(aligned, [run.name for run in runs])
+    label, speaker = agreed(aligned)
     probability = stats.complete_probabilities(aligned.probability, aligned.known)
-    weights, present = fusion.chosen, aligned.present
+    weights, present = stats.FusionWeights(np.array(fusion.weights), fusion.temperature), aligned.present
     answers = fused_answers(weights.mean(probability, present), weights.temperatures(present))
-    utterances = fused_utterances(runs, aligned, label, speaker)
+    utterances = fused_utterances(aligned, label, speaker)
     group = np.where(speaker != "", speaker, aligned.utterance)
     return Predictions(utterances, aligned.classes, answers, np.full(len(group), -1), group)
 
@@ -3863,10 +3856,11 @@ def first_device(platforms: str):
     finally:
         backend_log.removeHandler(faults)
         backend_log.propagate = True
-    for record in faults.buffer:
-        message = str(record.exc_info[1]) if record.exc_info else record.getMessage()
-        return device, printable(message.strip().splitlines()[0])
-    return device, ""
+    if not faults.buffer:
+        return device, ""
+    record = faults.buffer[0]
+    message = str(record.exc_info[1]) if record.exc_info else record.getMessage()
+    return device, printable(message.strip().splitlines()[0])
 
 
 def probe_gpu():

@@ -248,7 +248,7 @@ def test_a_run_in_which_no_fold_has_a_prior_is_one_without_adaptation_to_the_bit
     monkeypatch.setattr(train, "choose_prior", lambda *arguments: np.inf)
     dataset = speakers_with_offsets(2)
     plain, found = (train.train(experiment) for experiment in (experiment_of(dataset), adapted(dataset, "5")))
-    np.testing.assert_array_equal(found.answers.logits, plain.answers.logits)
+    np.testing.assert_array_equal(found.predictions.answers.logits, plain.predictions.answers.logits)
     for one, other in zip(found.ensembles, plain.ensembles, strict=True):
         for name, array in other.params.items():
             np.testing.assert_array_equal(one.params[name], array)

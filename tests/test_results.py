@@ -389,7 +389,7 @@ def test_a_fusion_has_what_a_run_has(fused, two, capsys):
         ):
             np.testing.assert_array_equal(arrays[name], array)
     assert (
-        metrics.keys() - {"fused", "weights", "model", "settings", "command", "version", "versions"}
+        metrics.keys() - {"adapted", "fused", "weights", "model", "settings", "command", "version", "versions"}
         == metrics_of(two[0]).keys()
     )
     assert metrics["groups"]["gender"]["male"]["n"] == 48

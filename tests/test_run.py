@@ -196,7 +196,8 @@ def test_the_embedding_is_the_hidden_layer_of_each_seed_of_the_fold(experiment, 
         for seed in range(2):
             x = (experiment.dataset.x[number] - mean) / scale
             layers.append(np.maximum(x @ params["Dense_0/kernel"][seed] + params["Dense_0/bias"][seed], 0))
-        np.testing.assert_allclose(outcome.answers.embedding[number], np.concatenate(layers), rtol=1e-3, atol=1e-4)
+        embedding = outcome.predictions.answers.embedding[number]
+        np.testing.assert_allclose(embedding, np.concatenate(layers), rtol=1e-3, atol=1e-4)
 
 
 def test_the_documented_fusion_with_fixed_weights_runs(trained, metrics, tmp_path, monkeypatch, capsys):
@@ -215,7 +216,7 @@ def test_the_documented_fusion_with_fixed_weights_runs(trained, metrics, tmp_pat
 def test_the_metrics_are_made_from_the_out_of_fold_answers(experiment, outcome):
     metrics = train.evaluate_run(experiment, outcome)
     dataset, split = experiment.dataset, experiment.split
-    predicted = outcome.answers.logits.argmax(1)
+    predicted = outcome.predictions.answers.logits.argmax(1)
     expected = stats.Counts.of(stats.confusion_matrix(dataset.label, predicted, 8)).scores()
     assert {name: metrics[name] for name in expected} == pytest.approx(expected)
     assert metrics["n_utterances"] == len(dataset.label)
@@ -231,15 +232,16 @@ def test_the_answers_for_a_fold_are_those_of_its_own_models(experiment, outcome)
     for fold in range(split.folds):
         tested = np.flatnonzero(split.fold == fold)
         logits, _ = outcome.ensembles[fold].forward(dataset.features(tested))
-        np.testing.assert_allclose(outcome.answers.logits[tested], logits.mean(0), atol=1e-5)
-        assert set(outcome.answers.temperature[tested]) == {outcome.choices[fold]["temperature"]}
+        np.testing.assert_allclose(outcome.predictions.answers.logits[tested], logits.mean(0), atol=1e-5)
+        assert set(outcome.predictions.answers.temperature[tested]) == {outcome.choices[fold]["temperature"]}
 
 
 def test_the_uncalibrated_error_is_that_of_the_logits_before_temperature_scaling(experiment, outcome):
     dataset = experiment.dataset
-    logits = np.random.default_rng(0).normal(size=outcome.answers.logits.shape)
-    answers = outcome.answers._replace(logits=logits, temperature=np.full(len(logits), 2.0))
-    metrics = train.evaluate_run(experiment, outcome._replace(answers=answers))
+    predictions = outcome.predictions
+    logits = np.random.default_rng(0).normal(size=predictions.answers.logits.shape)
+    answers = predictions.answers._replace(logits=logits, temperature=np.full(len(logits), 2.0))
+    metrics = train.evaluate_run(experiment, outcome._replace(predictions=predictions._replace(answers=answers)))
     before = stats.probabilities(2 * logits)
     assert metrics["ece_uncalibrated"] == stats.expected_calibration_error(before, dataset.label)
     assert metrics["ece"] == stats.expected_calibration_error(stats.probabilities(logits), dataset.label)

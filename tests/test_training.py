@@ -20,7 +20,7 @@ import train
 
 
 def step_of(population, config=SMALL):
-    """`member_step`, compiled; and a batch of vectors, ((x, None), None, label, weight), whose last three are padding."""
+    """`member_step`, compiled; and ((x, None), None, label, weight), a batch of vectors whose last 3 are padding."""
     static = population.static._replace(config=config)
     member = population.member(0)
     x, label = population.dataset.x[:20], population.dataset.label[:20]
@@ -726,7 +726,7 @@ def test_a_setting_of_a_sweep_trains_as_without_a_sweep_and_the_better_one_is_ch
             assert {"setting", *expected} == row.keys()
             assert row["fold"] == expected.pop("fold")
             assert expected == pytest.approx({name: row[name] for name in expected}, rel=1e-4, abs=1e-5)
-    np.testing.assert_allclose(swept.answers.logits, alone.answers.logits, atol=1e-4)
+    np.testing.assert_allclose(swept.predictions.answers.logits, alone.predictions.answers.logits, atol=1e-4)
     np.testing.assert_array_equal(swept.best_epoch, alone.best_epoch)
     for choice, expected in zip(swept.choices, alone.choices):
         assert expected == pytest.approx({name: choice[name] for name in expected}, rel=1e-4)
@@ -958,9 +958,10 @@ def test_the_answers_are_those_of_the_models_that_never_saw_the_speaker(finished
             logits.append(hidden @ params["Dense_1/kernel"] + params["Dense_1/bias"])
             logits[-1] = logits[-1] + z @ params["linear/kernel"] + params["linear/bias"]
             embedding.append(hidden)
-        np.testing.assert_allclose(trained.answers.logits[tested], np.mean(logits, 0), rtol=1e-3, atol=1e-4)
-        np.testing.assert_allclose(trained.answers.embedding[tested], np.hstack(embedding), rtol=1e-3, atol=1e-4)
-        assert (trained.answers.temperature[tested] == trained.choices[fold]["temperature"]).all()
+        answers = trained.predictions.answers
+        np.testing.assert_allclose(answers.logits[tested], np.mean(logits, 0), rtol=1e-3, atol=1e-4)
+        np.testing.assert_allclose(answers.embedding[tested], np.hstack(embedding), rtol=1e-3, atol=1e-4)
+        assert (answers.temperature[tested] == trained.choices[fold]["temperature"]).all()
 
 
 def test_models_are_normalised_with_the_statistics_of_their_folds(finished):
@@ -1044,7 +1045,7 @@ def test_sequences_are_learnt_and_answered_by_models_that_never_saw_the_speaker(
     for fold, ensemble in enumerate(trained.ensembles[:-1]):
         tested = np.flatnonzero(split.fold == fold)[:5]
         logits, _ = ensemble.forward(dataset.features(tested))
-        np.testing.assert_allclose(trained.answers.logits[tested], logits.mean(0), rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(trained.predictions.answers.logits[tested], logits.mean(0), rtol=1e-4, atol=1e-4)
         assert ensemble.params["query"].any()
 
 
@@ -1084,7 +1085,7 @@ static, _, members = train.set_up(experiment)
 members = train.to_devices(static.mesh, members, "population")
 trained = train.train(experiment)
 if jax.process_index() == 0:
-    np.save({out!r}, trained.answers.logits)
+    np.save({out!r}, trained.predictions.answers.logits)
 local = [shard.data.shape[0] for shard in members.train.addressable_shards]
 print(json.dumps(dict(devices=jax.device_count(), local=local, rows=len(members.group))))
 """
@@ -1124,7 +1125,7 @@ def test_the_answers_are_the_same_on_eight_devices_and_on_two_processes(populati
     ]
     assert printed_by(eight) == {"devices": 8, "local": [1] * 8, "rows": 8}
     assert [printed_by(process) for process in pair] == [{"devices": 4, "local": [2, 2], "rows": 8}] * 2
-    here = train.train(population.experiment).answers.logits
+    here = train.train(population.experiment).predictions.answers.logits
     np.testing.assert_allclose(np.load(tmp_path / "8.npy"), here, atol=1e-3)
     np.testing.assert_allclose(np.load(tmp_path / "2.npy"), here, atol=1e-3)
 
