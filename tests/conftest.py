@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="compiled-")
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], True)
+os.environ["JAX_PLATFORMS"] = "cpu"  # two processes cannot share the memory of a GPU; see tests/gpu.py
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from make_sample import write_sample  # noqa: E402
