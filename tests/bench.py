@@ -391,6 +391,7 @@ def prepare_torch_func(given: Problem) -> Contestant:
     losses, gradients = (vmap(function, randomness="different") for function in (loss_of, grad(loss_of)))
 
     def fit() -> None:
+        models[0].train()  # alike in all of them, or they cannot be stacked
         parameters, _ = stack_module_state(models)
         optimizer = torch.optim.AdamW(parameters.values(), lr=1e-3, weight_decay=1e-2)
         for _ in range(config.epochs):

@@ -277,7 +277,7 @@ def problems(options: argparse.Namespace) -> Iterator[tuple[str, bench.Problem]]
 
 def median_seconds(contestant: bench.Contestant, options: argparse.Namespace) -> np.ndarray:
     """With the compilation and without."""
-    rounds = 1 if options.small else 3
+    rounds = 2 if options.small else 3
     return np.median([[cost.wall for cost in contestant.run()] for _ in range(rounds)], 0)
 
 

@@ -244,6 +244,7 @@ def start_with(monkeypatch, jax_stack, platforms, device, count=1, fault=""):
         return [device]
 
     monkeypatch.setenv("JAX_PLATFORMS", "")  # start_jax sets it
+    monkeypatch.delenv("LD_LIBRARY_PATH", raising=False)  # it would be advised to unset it
     monkeypatch.setattr(train, "choose_platform", lambda *arguments: (platforms, "no GPU"))
     monkeypatch.setattr(jax_stack, "devices", devices)
     monkeypatch.setattr(jax_stack, "device_count", lambda: count)

@@ -44,7 +44,7 @@ def test_every_part_runs_on_a_cpu(tmp_path):
         ("same seed", "without a flag: equal to the bit"),
         ("kill", "against an unbroken run: equal to the bit"),
         ("training", "at the measured rates"),
-        ("pytorch", "times ours" if importlib.util.find_spec("torch") else "skipped: ModuleNotFoundError"),
+        ("pytorch", "torch.func on cpu" if importlib.util.find_spec("torch") else "skipped: ModuleNotFoundError"),
         ("precision", "skipped: no features were given"),
         ("sequences", "s an epoch"),
         ("sequences", "within 16 GB"),
