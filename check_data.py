@@ -679,8 +679,9 @@ def _without_nan(array: Array, nan_to_zero: bool) -> tuple[Array, float]:
     return array, square
 
 
-def read_arrays(path: str | Path, limit: int = 1 << 34, kinds: str = "f") -> dict[str, Array]:
-    """Read every array of an NPZ file of at most `limit` bytes; see `parse_arrays`."""
+def read_arrays(path: str | Path, kinds: str) -> dict[str, Array]:
+    """Read every array of an NPZ file of at most 16 GiB; see `parse_arrays`."""
+    limit = 1 << 34
     return parse_arrays(stats.read_bytes(path, limit), limit, kinds)
 
 

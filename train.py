@@ -103,6 +103,8 @@ GROUPS = ("corpus", "gender", "intensity")  # fields of an utterance by which it
 SCORES = {"ua": "UA (mean recall)", "wa": "WA (accuracy)", "macro_f1": "macro F1"}
 MAX_NUMBER, MAX_UNITS, MAX_MODELS = 1_000_000, 1 << 20, 20_000  # epochs and the like; hidden units of all seeds; models
 MAX_DESCRIPTION, MAX_MODEL = 1 << 24, 1 << 30  # bytes of config.json and of model.npz
+#: What may be raised while the contents of a file are taken apart that is damaged, or none of ours.
+MALFORMED = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
 TRANSFER = "transfer"  # instead of the folds, in the scores of --predict
 OTHER_CLASS = "the label is not among the classes"
 SCORE_FILES = ("metrics.json", "report.html", "confusion.csv")
@@ -340,7 +342,7 @@ def show_finished(run: Path) -> None:
     log.info(f"FINISHED: {printable(str(run))} holds this run, with the scores below; --fresh does it again")
     try:
         text = report_text(read_json(run / "metrics.json"), run / "report.html", sys.stdout)
-    except (LookupError, TypeError, ValueError, AttributeError):
+    except MALFORMED:
         raise UsageError(f"{run}: metrics.json is damaged; --fresh does the run again") from None
     sys.stdout.write(text)
 
@@ -2170,7 +2172,7 @@ def report_text(metrics, page: Path, file) -> str:
 
 def report_heading(metrics) -> tuple[str, str]:
     """The method of evaluation, and the size of the data."""
-    folds, classes, scheme = len(metrics["folds"]), len(metrics["classes"]), printable(metrics["fold_scheme"])
+    folds, classes, scheme = len(metrics["folds"]), len(metrics["classes"]), metrics["fold_scheme"]
     if scheme == TRANSFER:
         method = f"transfer: trained on {corpus_names(metrics['trained_on'])}, tested on unseen speakers of "
         method += corpus_names(metrics["groups"]["corpus"])
@@ -2566,9 +2568,11 @@ def axes(x_high: float, y_high: float, marks) -> list[str]:
 
 def page_table(columns, rows) -> str:
     """A table, or nothing without rows."""
+    if not rows:
+        return ""
     head = "".join(f"<th scope=col>{name}" for name in columns)
     body = ["<tr>" + "".join(f"<td>{escape(cell)}" for cell in row) for row in rows]
-    return f"<div class=card><table><thead><tr>{head}</thead>{''.join(body)}</table></div>" if rows else ""
+    return f"<div class=card><table><thead><tr>{head}</thead>{''.join(body)}</table></div>"
 
 
 def model_card(metrics):
@@ -2760,7 +2764,7 @@ def read_checkpoint(path: Path):
         members, epochs = arrays["history/active"].shape  # without members the epochs would cost no bytes
         whole = type(epoch) is int and 0 < epoch == epochs and members > 0
         whole = whole and epoch < identity["options"].get("--epochs", math.inf) + EPOCHS_PER_CALL
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+    except MALFORMED:
         whole, parts = False, ()
     if not whole or not all(isinstance(part, dict) for part in parts):
         raise stats.DataError("damaged", "it was not written by this program")
@@ -2991,7 +2995,7 @@ def read_description(path: Path) -> Model:
         whole = whole and model.pooling in ("mean", "attentive") and model.layer_axis in (0, 1, None)
     except stats.DataError:  # a ValueError, too
         raise
-    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError, UsageError):
+    except (*MALFORMED, UsageError):
         whole = False
     if not whole:
         raise stats.DataError("damaged", "its config.json is damaged")
@@ -3022,8 +3026,6 @@ def expected_shapes(model: Model, arrays):
 def run_prediction(config: Config) -> int:
     """Label a folder, or one file, with the final model of a run; labels in the names are compared, not needed."""
     run, given = Path(config.predict), Path(config.directory)
-    if not is_primary():
-        return 0
     model = load_model(run)
     unused = ("layers", "layer", "fresh", "overwrite", "no_compile_cache", "recompute_stats")
     log_unused(config, "with --predict", (*TRAINING_OPTIONS, *unused))
@@ -3256,7 +3258,7 @@ def load_results(run: Path, scored: bool = True) -> Results:
     except stats.DataError as error:
         files = "metrics.json and fusion.npz of a finished run" if scored else "fusion.npz with predictions"
         raise UsageError(f"{run} holds no {files}: {error}") from None
-    except (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError):
+    except MALFORMED:
         whole = False
     if not whole:
         raise UsageError(f"{run}: metrics.json or fusion.npz is damaged, or of another version of train.py")
@@ -3752,7 +3754,7 @@ def load_fusion(run: Path) -> Fusion:
         whole = whole and len(fusion.runs) == len(fusion.models) == len(weights)
         whole = whole and min(weights) >= 0 < fusion.temperature < math.inf and 0 < sum(weights) < 2
         whole = whole and description["model"] == fusion.digests["model"]
-    except (LookupError, TypeError, ValueError, OverflowError):
+    except MALFORMED:
         whole = False
     if not whole:
         raise UsageError(f"{run}: config.json is damaged")
@@ -3945,14 +3947,14 @@ def main(arguments=None) -> int:
     log.setLevel(logging.INFO)
     try:
         config = parse_config(arguments)
-        if not config.directory and not is_primary():
-            status = 0
-        elif config.compare:
-            status = run_comparison(config)
+        if config.compare:
+            program = run_comparison
         elif config.fuse:
-            status = run_fusion(config) if config.predict is None else fuse_predictions(config)
+            program = run_fusion if config.predict is None else fuse_predictions
         else:
-            status = run_training(config) if config.predict is None else run_prediction(config)
+            program = run_training if config.predict is None else run_prediction
+        # Of several processes on several hosts, all are needed to train, and one for all else.
+        status = program(config) if program is run_training or is_primary() else 0
         sys.stdout.flush()
         return status
     except (UsageError, stats.DataError) as error:
