@@ -103,7 +103,7 @@ GROUPS = ("corpus", "gender", "intensity")  # fields of an utterance by which it
 SCORES = {"ua": "UA (mean recall)", "wa": "WA (accuracy)", "macro_f1": "macro F1"}
 MAX_NUMBER, MAX_UNITS, MAX_MODELS = 1_000_000, 1 << 20, 20_000  # epochs and the like; hidden units of all seeds; models
 MAX_DESCRIPTION, MAX_MODEL = 1 << 24, 1 << 30  # bytes of config.json and of model.npz
-#: What may be raised while the contents of a file are taken apart that is damaged, or none of ours.
+#: What reading the contents of a damaged or foreign file may raise.
 MALFORMED = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
 TRANSFER = "transfer"  # instead of the folds, in the scores of --predict
 OTHER_CLASS = "the label is not among the classes"
@@ -193,10 +193,10 @@ class Config(check_data.ScanOptions):
         require(0 <= self.seed < 2**32, "seed", "from 0 to 4294967295")
 
 
-OPTION_GROUPS = {field.name: field.metadata["group"] for field in dataclasses.fields(Config)[1:]}  # of all but DIR
-TRAINING_OPTIONS = [name for name, group in OPTION_GROUPS.items() if group in ("split", "training")]
-#: Options on which the results of a run do not depend.
-HARMLESS = {"directory", "require_gpu", *(name for name, group in OPTION_GROUPS.items() if group == "output")}
+GROUP_OF_OPTION = {field.name: field.metadata["group"] for field in dataclasses.fields(Config)[1:]}  # of all but DIR
+TRAINING_OPTIONS = [name for name, group in GROUP_OF_OPTION.items() if group in ("split", "training")]
+#: Options on which the results of a run do not depend; a new one in the group "output" is among them.
+HARMLESS = {"directory", "require_gpu", *(name for name, group in GROUP_OF_OPTION.items() if group == "output")}
 DETAILS = """
 examples:
   python train.py DIR                          train; results in runs/<name of DIR>
@@ -229,7 +229,7 @@ def log_unused(config: Config, reason: str, names: Iterable[str]) -> None:
 
 
 def all_options_but(*names: str) -> list[str]:
-    return [name for name in OPTION_GROUPS if name not in names]
+    return [name for name in GROUP_OF_OPTION if name not in names]
 
 
 def set_options(config: Config) -> dict:
@@ -967,9 +967,9 @@ class Member(NamedTuple):
     """What one model of the population trains on; stacked along P for the program.
 
     `train` and `validation` are tables of utterances with a column for each batch, and -1 as padding. For vectors they
-    are the member's own. Sequences are bound by the memory traffic of their frames, so all members walk through one
-    table, `DeviceData.batches`, and read each batch once for all: a member's table is that one, with -1 for utterances
-    that it does not use.
+    are the member's own. With sequences each member would read as many frames, which takes the longest, so that all
+    walk through one table, `DeviceData.batches`, and read each batch once for all: a member's table is that one, with
+    -1 for utterances that it does not use.
     """
 
     index: Array  # () branch of the random numbers; alike in all settings, which then differ by nothing else
@@ -1006,8 +1006,8 @@ class StaticConfig(NamedTuple):
     layers: int
     groups: tuple[tuple[int, int], ...]  # of a batch of sequences: rows, and frames each has room for; () for vectors
     steps: int  # batches in an epoch
-    trained: int  # most utterances of a batch that a member trains on
-    validated: int  # most utterances of a batch that a member validates on
+    trained: int  # most utterances of a batch of sequences that a member trains on
+    validated: int  # most utterances of a batch of sequences that a member validates on
     mixup: bool  # whether any member uses it
     sequential: bool  # members run one after the other, as on a CPU, where a member's parameters then stay in the cache
 
@@ -1037,7 +1037,7 @@ def attentive_statistics(group, member: Member, query):
     of padding only stays finite.
     """
     frames, real, x, others = group
-    # Only the results are normalised, not the frames: the step is bound by the memory traffic of frames.
+    # Only the results are normalised, not the frames, which are large: less memory traffic.
     score = frames @ (query / member.scale)  # (B, T)
     peak = jnp.where(real, score, -jnp.inf).max(1, keepdims=True)
     # A softmax does not depend on its shift, and so has no gradient through it.
@@ -1076,7 +1076,7 @@ def gather_batch(static: StaticConfig, data: DeviceData, others: Others | None, 
 def pool(params, member: Member, batch, used=None):
     """One normalised vector for each utterance of a batch: (B, D), (B, D / L) for layers.
 
-    For sequences (M, 2 D), of the rows in use: frames are read once for all members, but the products of the hidden
+    For sequences (M, 2 D), of the rows in use: with the frames read once for all members, the products of the hidden
     layer take most of the time, and a member needs them only for its own utterances.
     """
     if isinstance(batch, list):
@@ -1247,8 +1247,7 @@ def member_epoch(static: StaticConfig, data: DeviceData, clock, member: Member, 
     order = jnp.argsort(position, 1)[:, : static.steps]  # the rest waits for another epoch
     read = jnp.take_along_axis(table, order, 1).T  # (steps, B)
     own = jnp.take_along_axis(member.train, order, 1).T
-    position = jnp.take_along_axis(position, order, 1).T
-    used, own = own_rows(static, own, position, static.trained)
+    used, own = own_rows(static, own, jax.random.uniform(key, own.shape), static.trained)
 
     def step(state, column):
         number, read, used, own = column
@@ -1883,7 +1882,7 @@ def choices_by_fold(chosen, ensembles, weights, settings) -> list[dict]:
 
 
 def answer_tests(dataset: Dataset, split: Split, ensembles, weights) -> Predictions:
-    """What the models of the fold that tests it, which never saw its speaker, answer for each scored utterance."""
+    """For each scored utterance, the answer of the fold that tests it, whose models never saw its speaker."""
     places, parts = [], []
     for fold in range(split.folds):
         tested = np.flatnonzero(split.scored & (split.fold == fold))
@@ -3953,7 +3952,7 @@ def main(arguments=None) -> int:
             program = run_fusion if config.predict is None else fuse_predictions
         else:
             program = run_training if config.predict is None else run_prediction
-        # Of several processes on several hosts, all are needed to train, and one for all else.
+        # On several hosts training needs every process; all else runs on the first.
         status = program(config) if program is run_training or is_primary() else 0
         sys.stdout.flush()
         return status

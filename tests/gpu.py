@@ -14,7 +14,6 @@ With --small, every part runs on a CPU in about a minute. That shows that this s
 import argparse
 import contextlib
 import json
-import math
 import os
 import re
 import resource
@@ -110,18 +109,19 @@ def time_pytorch(options: argparse.Namespace) -> Iterator[str]:
     """The same work in PyTorch: a part of its own, as the CUDA libraries of both need not agree in one process."""
     for title, given in problems(options):
         known = options.folder / title
-        ours = float(known.read_text()) if known.exists() else math.nan
+        ours = float(known.read_text()) if known.exists() else None
         contestants = {
             "a loop (2 models, multiplied)": bench.prepare_torch(given, models=2),
             "torch.func": bench.prepare_torch_func(given),
         }
         for name, contestant in contestants.items():
             _, seconds = median_seconds(contestant, options)
-            yield f"{title}: {name} on {contestant.device} {seconds:.2f} s, {seconds / ours:.1f} times ours"
+            relation = f", {seconds / ours:.1f} times ours" if ours else ""
+            yield f"{title}: {name} on {contestant.device} {seconds:.2f} s{relation}"
 
 
 def compare_precision(options: argparse.Namespace) -> Iterator[str]:
-    """Float32, whose products jax computes in TF32 on a GPU, bfloat16 and exact float32 on the features of --data."""
+    """Float32, whose products jax computes in TF32 on a GPU, bfloat16, and full float32 products, on --data."""
     if not options.data:
         yield "skipped: no features were given with --data DIR:FOLDS"
     for number, given in enumerate(options.data):

@@ -55,6 +55,14 @@ def test_every_part_runs_on_a_cpu(tmp_path):
         assert any(expected in line for line in found[part]), (part, expected)
 
 
+def test_single_parts_can_be_run(tmp_path):
+    variables = os.environ | {"TMPDIR": str(tmp_path)}
+    command = [*SCRIPT, "--only", "sweep", "device"]
+    done = subprocess.run(command, capture_output=True, text=True, env=variables, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [line.split()[0] for line in done.stdout.splitlines()] == ["sweep", *["device"] * 3]
+
+
 def test_all_parts_together_end_before_eight_minutes():
     assert sum(seconds for _, seconds in gpu.PARTS.values()) <= 480
 
