@@ -967,9 +967,9 @@ class Member(NamedTuple):
     """What one model of the population trains on; stacked along P for the program.
 
     `train` and `validation` are tables of utterances with a column for each batch, and -1 as padding. For vectors they
-    are the member's own. With sequences each member would read as many frames, which takes the longest, so that all
-    walk through one table, `DeviceData.batches`, and read each batch once for all: a member's table is that one, with
-    -1 for utterances that it does not use.
+    are the member's own. Frames are large, so that for sequences all members walk through one table,
+    `DeviceData.batches`, and read each batch once for all: a member's table is that one, with -1 for utterances that it
+    does not use.
     """
 
     index: Array  # () branch of the random numbers; alike in all settings, which then differ by nothing else
