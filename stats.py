@@ -4,6 +4,7 @@ Needs only numpy. Axes: N utterances, G groups (speakers), S seeds, T frames, D 
 """
 
 import ast
+import bisect
 import contextlib
 import csv
 import errno
@@ -1119,13 +1120,18 @@ def _shares(losses: list[float]) -> np.ndarray:
 
 
 def _best_weight(logits: list[np.ndarray], label: list[np.ndarray], weights: tuple[float, ...]) -> tuple[float, float]:
-    """The smallest mean validation loss over the seeds, and the weight of the logits that gives it."""
-    losses = []
-    for weight in weights:
+    """The smallest mean validation loss over the seeds, and the one of the ascending weights that gives it."""
+
+    def loss(weight: float) -> float:
         # Each seed counts the same, however many validation utterances it has.
-        by_seed = [balanced_cross_entropy(weight * one, true) for one, true in zip(logits, label)]
-        losses.append(float(np.mean(by_seed)))
-    return min(losses), weights[int(np.argmin(losses))]
+        return float(np.mean([balanced_cross_entropy(weight * one, true) for one, true in zip(logits, label)]))
+
+    def rises(place: int) -> bool:
+        return loss(weights[place]) <= loss(weights[place + 1])
+
+    # The loss is convex in the weight: it falls up to the best one, and rises from there.
+    best = bisect.bisect_left(range(len(weights) - 1), True, key=rises)
+    return loss(weights[best]), weights[best]
 
 
 # --- fusion of several runs -----------------------------------------------------------------------------------------
