@@ -1,6 +1,7 @@
 import copy
 import dataclasses
 import functools
+import itertools
 import json
 import os
 import socket
@@ -277,7 +278,22 @@ def test_a_member_with_more_sequences_than_a_batch_has_room_for_leaves_out_other
         seen.append(set(utterances[weight > 0]))
         assert len(seen[-1]) < len(own)
     assert seen[0] != seen[1]
-    assert set().union(*seen) == set(own)  # whatever their lengths: rows of a batch are in the order of lengths
+    assert set().union(*seen) == set(own)
+    # The rows of a batch are in the order of lengths: the longest must not be left out more often than the shortest.
+    times = np.bincount(list(itertools.chain(*seen)), minlength=own.max() + 1)[own]
+    by_length = times[np.argsort(sequence_epochs.population.dataset.length[own], kind="stable")]
+    half = len(own) // 2
+    assert 0.7 < by_length[-half:].sum() / by_length[:half].sum() < 1.4
+
+
+def test_every_validation_sequence_is_counted(sequence_population):
+    static, split, members = (getattr(sequence_population, name) for name in ("static", "split", "members"))
+    batches = np.asarray(sequence_population.data.batches)
+    for row in range(len(split.train)):
+        used, own = map(np.asarray, train.own_rows(static, members.validation[row].T, 0.0, static.validated))
+        assert sorted(own[own >= 0]) == np.flatnonzero(split.validation[row]).tolist()
+        read = np.take_along_axis(batches.T, used, 1)
+        np.testing.assert_array_equal(read[own >= 0], own[own >= 0])
 
 
 # --- validation and the choice of the best epoch ---
