@@ -585,11 +585,11 @@ def rank_correlation(x: np.ndarray, reference: np.ndarray) -> np.ndarray:
     The embeddings of an encoder have a common mean that is large beside their deviations. The order of its dimensions
     is a signature of the encoder that neither scaling nor a few huge dimensions change.
     """
-    rank = np.stack([_ranks(row) for row in (*x, reference)])
-    rank -= (rank.shape[1] - 1) / 2  # the mean of any ranks, with or without ties
-    norm = np.sqrt(np.square(rank).sum(1))
-    rows, last = rank[:-1], rank[-1]
-    return rows @ last / np.maximum(norm[:-1] * norm[-1], 1e-9)
+    rank, found = _ranks(reference), []
+    for row in x:  # one by one: ranks take twice the memory of the features
+        other = _ranks(row)
+        found.append(rank @ other / max(math.sqrt((rank @ rank) * (other @ other)), 1e-9))
+    return np.array(found)
 
 
 def encoder_mismatch(mean: np.ndarray, reference: np.ndarray, lowest: float) -> str | None:
@@ -630,16 +630,14 @@ def statistics_mismatch(given: Statistics, own: Statistics, lowest: float) -> st
 
 
 def _ranks(values: np.ndarray) -> np.ndarray:
-    """Rank of each value, counted from 0; equal values share the mean of their ranks."""
+    """Rank of each value, less the mean of all ranks; equal values share the mean of their ranks."""
     order = np.argsort(values, kind="stable")
     in_order = values[order]
-    tied = in_order[1:] == in_order[:-1]
-    if tied.any():  # rare among float features, and slower
-        first = np.searchsorted(in_order, values)
-        behind_last = np.searchsorted(in_order, values, "right")
-        return (first + behind_last - 1) / 2
+    differs = np.append(True, in_order[1:] != in_order[:-1])
+    first = np.flatnonzero(differs)  # of each run of equal values
+    last = np.append(first[1:], len(values)) - 1
     ranks = np.empty(len(values))
-    ranks[order] = np.arange(len(values))
+    ranks[order] = ((first + last - len(values) + 1) / 2)[np.cumsum(differs) - 1]
     return ranks
 
 
