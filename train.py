@@ -143,7 +143,7 @@ class Config(check_data.ScanOptions):
     seeds: int = option(5, "models per fold, each with other validation speakers; their logits are averaged", "split")
     seed: int = option(0, "random seed", "split")
     adapt: str | None = option(
-        None, "centre each utterance with the others of its speaker: all, or at most STR", "training", bare="all"
+        None, "centre each utterance with the others of its speaker: all, or at most this many", "training", bare="all"
     )
     epochs: int = option(40, "maximum epochs", "training")
     patience: int = option(5, "early-stopping patience in epochs", "training")
@@ -588,8 +588,10 @@ class Others(NamedTuple):
     mean: Array
     count: Array
 
-    def of(self, chosen) -> "Others":
-        return Others(self.mean[chosen], self.count[chosen])
+
+def select_others(others: Others | None, chosen) -> Others | None:
+    """Those of some utterances; None, which is no adaptation, stays None."""
+    return others and Others(others.mean[chosen], others.count[chosen])
 
 
 def other_utterances(x, utterances: list[emotions.Utterance], most: float = math.inf, seed: int = 0) -> Others:
@@ -638,7 +640,7 @@ def add_others(dataset: Dataset, split: "Split", config: Config) -> Dataset:
         reason = f"unknown for {check_data.counted(unknown, 'file')}" if unknown else split.notes[0]
         raise UsageError(f"--adapt needs the speaker of every file, and folds that divide speakers: {reason}")
     others = given = other_utterances(dataset.x, dataset.utterances)
-    if config.adapt != "all":  # training is better with all of them, too
+    if config.adapt != "all":  # training gains from all of them even then
         given = other_utterances(dataset.x, dataset.utterances, most_others(config.adapt), config.seed)
     return dataset._replace(others=others, given=given)
 
@@ -899,11 +901,11 @@ def choose_prior(dataset: Dataset, split: Split, fold: int, plain: "Ensemble") -
         for row in split.members(fold):
             training, validation = np.flatnonzero(split.train[row]), np.flatnonzero(split.validation[row])
             kernel, bias = stats.fit_lda(
-                dataset.mean_layer(model.normalise(dataset.x[training], dataset.others.of(training))),
+                dataset.mean_layer(model.normalise(dataset.x[training], select_others(dataset.others, training))),
                 dataset.label[training],
                 len(dataset.classes),
             )
-            x = dataset.mean_layer(model.normalise(dataset.x[validation], dataset.given.of(validation)))
+            x = dataset.mean_layer(model.normalise(dataset.x[validation], select_others(dataset.given, validation)))
             linear.append((x @ kernel + bias[:, None])[None])
             label.append(dataset.label[validation])
         loss[prior] = stats.choose_shrinkage(linear, label).loss
@@ -1058,7 +1060,7 @@ def gather_batch(static: StaticConfig, data: DeviceData, others: Others | None, 
     """Gather a batch of utterances, (B,): (x, others), or a list of (frames, real, x, others) by length group."""
 
     def with_others(chosen):
-        return data.x[chosen], others and others.of(chosen)
+        return data.x[chosen], select_others(others, chosen)
 
     if not static.groups:
         return with_others(chosen)
@@ -1724,7 +1726,7 @@ def finish_fold(dataset: Dataset, split: Split, fold: int, hidden: Ensemble, lin
     for seed, row in enumerate(split.members(fold)):
         model = hidden.of_seed(seed)
         validation = np.flatnonzero(split.validation[row])
-        given = dataset.given and dataset.given.of(validation)
+        given = select_others(dataset.given, validation)
         linear_logits.append(stats.layer_logits(model.normalise(dataset.x[validation], given), *parts[seed]))
         hidden_logits, _ = model.forward(dataset.features(validation), given)
         logits.append(hidden_logits[0])
@@ -1754,7 +1756,7 @@ def fit_linear_parts(dataset: Dataset, split: Split, members: Member, fold: int)
 def fit_linear_part(dataset: Dataset, mask, model: Ensemble):
     """`stats.fit_lda` for each layer on the utterances that a mask selects: (L, 7, D / L, C) and (L, 7, C)."""
     chosen = np.flatnonzero(mask)
-    x = model.normalise(dataset.x[chosen], dataset.others and dataset.others.of(chosen))
+    x = model.normalise(dataset.x[chosen], select_others(dataset.others, chosen))
     layers = np.split(x, dataset.layers, 1)
     parts = [stats.fit_lda(layer, dataset.label[chosen], len(dataset.classes)) for layer in layers]
     return tuple(map(np.stack, zip(*parts)))
@@ -1886,7 +1888,7 @@ def answer_tests(dataset: Dataset, split: Split, ensembles, weights) -> Predicti
     places, parts = [], []
     for fold in range(split.folds):
         tested = np.flatnonzero(split.scored & (split.fold == fold))
-        given = dataset.given and dataset.given.of(tested)
+        given = select_others(dataset.given, tested)
         parts.append(Answers.of(ensembles[fold], weights[fold].temperature, dataset.features(tested), given))
         places.append(tested)
     order = np.argsort(np.concatenate(places))  # of the files, instead of fold by fold
@@ -3195,8 +3197,11 @@ def evaluate_transfer(model: Model, scored: Predictions, notes: list[str]) -> di
     if absent := [name for name in scored.classes if name not in labels]:
         notes.append(f"no scored file is {', '.join(absent)}, but answers may be; --classes leaves classes out")
     metrics = evaluate(scored, TRANSFER, True, "of the model's training data", notes)
-    origin = {"trained_on": list(model.corpora), "model": model.digests["model"]}
-    return metrics | origin | {"unknown_speakers": unknown}
+    return metrics | {
+        "trained_on": list(model.corpora),
+        "model": model.digests["model"],
+        "unknown_speakers": unknown,
+    }
 
 
 def save_prediction(

@@ -127,11 +127,10 @@ def compare_precision(options: argparse.Namespace) -> Iterator[str]:
     for number, given in enumerate(options.data):
         directory, _, folds = given.rpartition(":")
         data = bench.link_set(directory, options.folder / f"data-{number}")
-        for precision, products in (("float32", ""), ("bfloat16", ""), ("float32", "highest")):
-            name = f"{precision} {products}".rstrip()
-            for seed in (0,) if options.small or products else (0, 1):
-                arguments = ("--folds", folds, "--precision", precision, "--seed", seed)
-                variables = {"JAX_DEFAULT_MATMUL_PRECISION": products} if products else {}
+        exact = {"JAX_DEFAULT_MATMUL_PRECISION": "highest"}
+        for name, variables in (("float32", {}), ("bfloat16", {}), ("float32 highest", exact)):
+            for seed in (0,) if options.small or variables else (0, 1):
+                arguments = ("--folds", folds, "--precision", name.split()[0], "--seed", seed)
                 run = run_train(options, f"{name}-{number}-{seed}", *arguments, data=data, **variables)
                 yield f"{given} {name}, seed {seed}: UA {run['ua']:.4f} in {run['seconds']} s"
 

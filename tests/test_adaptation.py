@@ -366,7 +366,7 @@ def test_the_forward_pass_of_centred_utterances_is_that_of_training(population):
     static, data, rows = population.static, population.data, [2, 3]
     params, ensemble = first_models(population, rows)
     chosen = np.asarray(data.batches)[:, 0] if static.groups else np.arange(0, 96, 7)
-    given = population.dataset.given.of(chosen)
+    given = train.select_others(population.dataset.given, chosen)
     logits, _ = ensemble.forward(population.dataset.features(chosen), given)
 
     @population.jax.jit
@@ -392,7 +392,8 @@ def test_the_others_move_every_frame_and_layer_of_an_utterance_by_the_same_offse
     classes = len(population.dataset.classes)
     for name in ("linear/kernel", "linear/bias"):
         ensemble.params[name] = ensemble.params[name][..., :classes]
-    features, given = list(population.dataset.features(range(6))), population.dataset.given.of(range(6))
+    features = list(population.dataset.features(range(6)))
+    given = train.select_others(population.dataset.given, range(6))
     assert set(given.count) == {5}
     offset = 5 / 9 * (given.mean - ensemble.mean)
     moved = [frames - move for frames, move in zip(features, offset)]
